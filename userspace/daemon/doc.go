@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT
+
+// Package daemon watches every VM of this host and tells what it found.
+//
+// It is a handful of services under one run group: a watcher that knows the
+// host's VMs and checks them on a schedule, a journal that keeps findings and
+// baselines through restarts and writes findings out as JSON lines, and an
+// HTTP/JSON API on a unix socket, which Dial opens for Go programs.
+//
+// # API
+//
+// Every answer is JSON; an error is {"error": "what happened and what to do"}
+// with an HTTP status of 400 or above. VM stands for a VM's id, its name, or
+// its UUID; a name that two VMs share is refused with 409.
+//
+//	GET    /v1/health          Health
+//	GET    /v1/vms             []VMStatus
+//	GET    /v1/stats           Stats
+//	GET    /v1/findings        []Record, oldest first
+//	         ?vm=VM            of one VM, also one that is gone
+//	         ?since=N|TIME     after sequence number N, or from an RFC 3339
+//	                           time on
+//	         ?follow=1         one Record a line, without end; blank lines
+//	                           keep the connection alive
+//	GET    /v1/baselines/VM    integrity.Baseline
+//	DELETE /v1/baselines/VM    204; the VM's present state becomes its baseline
+package daemon
