@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT
+
+package guest
+
+import "fmt"
+
+// Image is a kernel's symbols where the kernel runs: moved by the slide that
+// address-space randomization gave it.
+type Image struct {
+	Symbols *Symbols
+	Slide   uint64 // running address - address in the file, modulo 2^64
+
+	text  Extent // _stext.._etext
+	whole Extent // _text.._end
+}
+
+// NewImage moves symbols by slide.
+func NewImage(s *Symbols, slide uint64) *Image {
+	m := &Image{Symbols: s, Slide: slide}
+	m.text = m.between("_stext", "_etext")
+	m.whole = m.between("_text", "_end")
+	return m
+}
+
+func (m *Image) between(first, end string) Extent {
+	a, ok1 := m.Lookup(first)
+	b, ok2 := m.Lookup(end)
+	if !ok1 || !ok2 || a >= b {
+		return Extent{}
+	}
+	return Extent{a, b}
+}
+
+// Lookup gives the running address of a symbol of the kernel image.
+func (m *Image) Lookup(name string) (uint64, bool) {
+	sym, ok := m.Symbols.Lookup(name)
+	if !ok {
+		return 0, false
+	}
+	if sym.Absolute() {
+		return sym.Address, true
+	}
+	return m.wrap(sym.Address + m.Slide), true
+}
+
+func (m *Image) wrap(addr uint64) uint64 {
+	if m.Symbols.Long() {
+		return addr
+	}
+	return addr & 0xffffffff
+}
+
+// maxDistance bounds how far behind a symbol an address still belongs to it.
+const maxDistance = 1 << 20
+
+// At returns the symbols at, or nearest below, a running address, and how far
+// below. A module's symbols are only found where the file is of this very
+// boot (slide 0): modules do not move with the image.
+func (m *Image) At(addr uint64) ([]Symbol, uint64) {
+	all, offset := m.Symbols.At(m.wrap(addr - m.Slide))
+	if len(all) == 0 || offset > maxDistance {
+		return nil, 0
+	}
+	if all[0].Module != "" {
+		if m.Slide != 0 {
+			return nil, 0
+		}
+	} else if m.whole.End != 0 && !m.whole.Contains(addr) {
+		return nil, 0
+	}
+	return all, offset
+}
+
+// Name describes a running address: "name", "name+0x10", "name+0x10 [module]",
+// or nothing if no symbol is near.
+func (m *Image) Name(addr uint64) string {
+	all, offset := m.At(addr)
+	if len(all) == 0 {
+		return ""
+	}
+	name := all[0].Name
+	if offset != 0 {
+		name = fmt.Sprintf("%s+%#x", name, offset)
+	}
+	if all[0].Module != "" {
+		name += " [" + all[0].Module + "]"
+	}
+	return name
+}
+
+// Is says whether the kernel image has, at exactly the running address, a
+// symbol of one of the names.
+func (m *Image) Is(addr uint64, names ...string) bool {
+	all, offset := m.At(addr)
+	if offset != 0 {
+		return false
+	}
+	for _, sym := range all {
+		for _, name := range names {
+			if sym.Name == name && sym.Module == "" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Text is where the kernel image's code runs, _stext.._etext; it is empty if
+// the symbols lack these.
+func (m *Image) Text() Extent { return m.text }
