@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MIT
+
+package cache
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/u-root/u-root/pkg/cpio"
+)
+
+// ModuleList is the file in an initramfs that names its modules, one path a
+// line, in load order.
+const ModuleList = "modules.list"
+
+// build makes a suite's artifacts out of stock packages.
+func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*manifest, error) {
+	if os.Geteuid() != 0 {
+		return nil, fmt.Errorf("making it needs root (uid is %d)", os.Geteuid())
+	}
+	tree := filepath.Join(dir, treeName)
+	if err := bootstrap(ctx, tree, suite, log); err != nil {
+		return nil, err
+	}
+
+	kernels, err := filepath.Glob(filepath.Join(tree, "boot", "vmlinuz-*"))
+	if err != nil {
+		return nil, err
+	}
+	if len(kernels) != 1 {
+		return nil, fmt.Errorf("%d kernels in the root, want one: %v", len(kernels), kernels)
+	}
+	m := &manifest{
+		Kernel: filepath.Base(kernels[0])[len("vmlinuz-"):],
+		Files:  map[string]Digest{},
+	}
+	kernel, err := os.ReadFile(kernels[0])
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, kernelName), kernel, 0o644); err != nil {
+		return nil, err
+	}
+
+	host, err := moduleRecords(tree, m.Kernel, suite.HostModules)
+	if err != nil {
+		return nil, err
+	}
+	if err := WriteInitramfs(filepath.Join(dir, hostName), host); err != nil {
+		return nil, err
+	}
+	guest, err := moduleRecords(tree, m.Kernel, suite.GuestModules)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{"dev", "proc", "sys", "tmp"} {
+		guest = append(guest, cpio.Directory(name, 0o755))
+	}
+	busybox, err := busyboxRecords(tree)
+	if err != nil {
+		return nil, err
+	}
+	if err := WriteInitramfs(filepath.Join(dir, guestName), append(guest, busybox...)); err != nil {
+		return nil, err
+	}
+
+	log.Info("packing the image", "suite", suite.Name)
+	if err := run(ctx, "mksquashfs", tree, filepath.Join(dir, imageName), "-comp", "lz4", "-no-progress", "-quiet"); err != nil {
+		return nil, err
+	}
+	for _, name := range []string{imageName, kernelName, hostName, guestName} {
+		if m.Files[name], err = DigestFile(filepath.Join(dir, name)); err != nil {
+			return nil, err
+		}
+	}
+	m.Tree, err = digestTree(tree)
+	return m, err
+}
+
+// bootstrap unpacks a suite and installs its packages into dir.
+func bootstrap(ctx context.Context, dir string, suite Suite, log *slog.Logger) error {
+	sources, err := aptSources("/etc/apt")
+	if err != nil {
+		return err
+	}
+	options, err := aptOptions(ctx)
+	if err != nil {
+		return err
+	}
+	args := []string{"--variant=apt", "--format=directory", "--quiet"}
+	for _, p := range suite.Packages {
+		args = append(args, "--include="+p)
+	}
+	for _, unneeded := range []string{"doc", "info", "locale", "man"} {
+		args = append(args, "--dpkgopt=path-exclude=/usr/share/"+unneeded+"/*")
+	}
+	args = append(args, options...)
+	// An initramfs of the package's own is never booted.
+	args = append(args, "--customize-hook=rm -f \"$1\"/boot/initrd.img-*")
+	args = append(args, suite.Name, dir)
+	args = append(args, archiveLines(sources, osRelease(), suite)...)
+
+	stop := progress(log, "installing packages into the root", "suite", suite.Name, "packages", len(suite.Packages))
+	defer stop()
+	return run(ctx, "mmdebstrap", args...)
+}
+
+// progress says what goes on, at once and every ten seconds until stopped.
+func progress(log *slog.Logger, msg string, args ...any) (stop func()) {
+	start := time.Now()
+	log.Info(msg, args...)
+	done := make(chan struct{})
+	go func() {
+		tick := time.NewTicker(10 * time.Second)
+		defer tick.Stop()
+		for {
+			select {
+			case <-done:
+				return
+			case <-tick.C:
+				log.Info(msg, append(args[:len(args):len(args)], "seconds", int(time.Since(start).Seconds()))...)
+			}
+		}
+	}()
+	return func() { close(done) }
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: MIT
+
+// Command vmfixture runs commands on KVM hosts that it boots under an
+// emulator. It is also the first process of those hosts and of their guests.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/agent"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/cache"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
+)
+
+// exitError carries the exit code of a command that was run.
+type exitError int
+
+func (e exitError) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
+func main() {
+	if os.Getpid() == 1 {
+		if os.Args[0] == agent.Init {
+			agent.Main()
+		}
+		host.Main()
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	err := root().ExecuteContext(ctx)
+	var code exitError
+	switch {
+	case errors.As(err, &code):
+		os.Exit(int(code))
+	case err != nil:
+		fmt.Fprintln(os.Stderr, "vmfixture:", err)
+		os.Exit(125) // as env(1) and its kin say that they failed themselves
+	}
+}
+
+func root() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:           "vmfixture",
+		Short:         "Run commands on emulated KVM hosts",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	cmd.AddCommand(runCommand(), rootCommand())
+	return cmd
+}
+
+func logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{
+		ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey {
+				return slog.String(a.Key, a.Value.Time().Format(time.TimeOnly))
+			}
+			return a
+		},
+	}))
+}
+
+func rootCommand() *cobra.Command {
+	var suite string
+	cmd := &cobra.Command{
+		Use:   "root",
+		Short: "Make and verify the cached root of a suite",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := cache.SuiteNamed(suite)
+			if err != nil {
+				return err
+			}
+			r, err := cache.Open(cmd.Context(), s, logger())
+			if err != nil {
+				return err
+			}
+			fmt.Println(r.Kernel)
+			return r.Close()
+		},
+	}
+	cmd.Flags().StringVar(&suite, "suite", "bookworm", "Debian suite of the host")
+	return cmd
+}
+
+func runCommand() *cobra.Command {
+	c := host.Config{Stdout: os.Stdout, Stderr: os.Stderr, Log: logger()}
+	var files []string
+	cmd := &cobra.Command{
+		Use:   "run [flags] -- COMMAND [ARGUMENT]...",
+		Short: "Boot a host, run a command in it, and exit as it did",
+		Long: `Boot a host, run a command in it, and exit as it did.
+
+A command that is a file here is taken along. So are kvmaccess.ko, and the
+kernel, initramfs and attacks of guests; $` + host.Env + ` names their directory to
+the command, $` + host.OutEnv + ` the one whose files come back.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c.Args = args
+			if err := takeAlong(&c, files); err != nil {
+				return err
+			}
+			code, err := host.Run(cmd.Context(), c)
+			if err != nil {
+				return err
+			}
+			if code != 0 {
+				return exitError(code)
+			}
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&c.Suite, "suite", "bookworm", "Debian suite of the host")
+	f.BoolVar(&c.Icount, "icount", false, "clock of the host counts instructions, 1 ns each; one CPU")
+	f.IntVar(&c.CPUs, "smp", 2, "CPUs of the host")
+	f.IntVar(&c.Memory, "memory", 2560, "memory of the host in MiB")
+	f.StringVar(&c.CPU, "cpu", host.DefaultCPU, "QEMU's CPU model and features")
+	f.StringVar(&c.Append, "append", "", "more for the kernel's command line")
+	f.StringVar(&c.Module, "module", "", "kvmaccess.ko to take along (default: built from this checkout)")
+	f.StringArrayVar(&files, "file", nil, "file to take along, `FROM[:TO]`; TO is relative to the payload (default bin/BASENAME)")
+	f.StringArrayVar(&c.Env, "env", nil, "environment of the command, `NAME=VALUE`")
+	f.StringVar(&c.Out, "out", "", "directory for the files that the command leaves")
+	f.DurationVar(&c.Timeout, "timeout", 10*time.Minute, "limit on all of it")
+	return cmd
+}
+
+// takeAlong adds the files named on the command line, and the command itself
+// where it is one here.
+func takeAlong(c *host.Config, files []string) error {
+	for _, f := range files {
+		from, to, ok := strings.Cut(f, ":")
+		if !ok {
+			to = "bin/" + base(from)
+		}
+		c.Files = append(c.Files, host.File{From: from, To: to})
+	}
+	if name := c.Args[0]; strings.Contains(name, "/") {
+		if info, err := os.Stat(name); err == nil && info.Mode().IsRegular() {
+			c.Files = append(c.Files, host.File{From: name, To: "bin/" + base(name)})
+			c.Args = append([]string{base(name)}, c.Args[1:]...)
+		}
+	}
+	return nil
+}
+
+func base(name string) string { return name[strings.LastIndex(name, "/")+1:] }

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: MIT
+
+// Package host boots a KVM host out of stock Debian packages under an
+// emulator, runs one command in it and brings back what it said, its exit
+// code and the files it left. The host's kernel may not say anything alarming
+// meanwhile.
+package host
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/cache"
+)
+
+// File is a file of this machine that a host is given.
+type File struct {
+	From string // here
+	To   string // relative to the payload
+}
+
+// Config says which host to boot and what to run in it.
+type Config struct {
+	Suite   string
+	CPUs    int           // of the host; 1 with Icount
+	Memory  int           // MiB
+	Icount  bool          // one instruction takes one nanosecond of the host's time
+	CPU     string        // QEMU's model and features; empty: DefaultCPU
+	Append  string        // to the kernel's command line
+	Module  string        // kvmaccess.ko; empty: built from the checkout
+	Files   []File        // for the payload
+	Args    []string      // the command; the first is looked up in the payload's bin
+	Env     []string      // NAME=value, for the command
+	Out     string        // directory for the files that the command leaves; empty: dropped
+	Timeout time.Duration // for all of it
+
+	Stdout, Stderr io.Writer // the command's
+	Log            *slog.Logger
+}
+
+// DefaultCPU has nested paging, and what a guest's kernel protects itself with.
+const DefaultCPU = "max,la57=off"
+
+// panicArgs make a kernel that is in trouble stop at once.
+const panicArgs = "panic=-1 oops=panic panic_on_warn=1 softlockup_panic=1 hung_task_panic=1 " +
+	"watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120"
+
+// alarm matches what a healthy kernel never says.
+var alarm = regexp.MustCompile(`BUG:|WARNING:|\bOops\b|KASAN|UBSAN|KFENCE|possible circular locking|possible recursive locking|` +
+	`Call Trace|general protection fault|stack segment|Kernel panic|soft lockup|blocked for more than|detected stall|scheduling while atomic|` +
+	`refcount_t:|unchecked MSR access|unable to handle|double fault|list_(add|del) corruption`)
+
+// ErrTrouble says that the host itself failed, whatever the command did.
+var ErrTrouble = errors.New("the emulated host is in trouble")
+
+// Run boots the host and returns the command's exit code. An error says that
+// the host failed: it did not come up, its kernel complained, it ended
+// without the closing record, or took too long.
+func Run(ctx context.Context, c Config) (code int, err error) {
+	if len(c.Args) == 0 {
+		return 0, errors.New("no command to run")
+	}
+	suite, err := cache.SuiteNamed(c.Suite)
+	if err != nil {
+		return 0, err
+	}
+	root, err := cache.Open(ctx, suite, c.Log)
+	if err != nil {
+		return 0, err
+	}
+	defer root.Close()
+
+	dir, err := os.MkdirTemp("", "kvmaccess-host-")
+	if err != nil {
+		return 0, err
+	}
+	if err := prepare(ctx, dir, root, c); err != nil {
+		return 0, errors.Join(err, os.RemoveAll(dir))
+	}
+	defer func() {
+		if err != nil {
+			c.Log.Error("what the host left is kept", "dir", dir)
+			return
+		}
+		err = os.RemoveAll(dir)
+	}()
+	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
+	defer cancel()
+	return bootAndRelay(ctx, dir, root, c)
+}
+
+// prepare makes the payload's image and the host's initramfs.
+func prepare(ctx context.Context, dir string, root *cache.Root, c Config) error {
+	payload := filepath.Join(dir, "payload")
+	if err := stage(ctx, payload, root, c); err != nil {
+		return err
+	}
+	env := append([]string{Env + "=" + Payload, OutEnv + "=" + Out}, c.Env...)
+	text, err := json.Marshal(spec{Args: c.Args, Env: env})
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(payload, specName), text, 0o644); err != nil {
+		return err
+	}
+	out, err := exec.CommandContext(ctx, "mksquashfs", payload, filepath.Join(dir, "payload.squashfs"),
+		"-noI", "-noD", "-noF", "-no-progress", "-quiet").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("mksquashfs: %w: %s", err, out)
+	}
+	if err := os.RemoveAll(payload); err != nil {
+		return err
+	}
+	me, err := self()
+	if err != nil {
+		return err
+	}
+	return initramfs(filepath.Join(dir, "initramfs.cpio"), root.HostInitramfs(), "/init", me, nil)
+}
+
+// emulator is the command line that boots the host.
+func emulator(dir string, root *cache.Root, c Config) []string {
+	cpu := c.CPU
+	if cpu == "" {
+		cpu = DefaultCPU
+	}
+	args := []string{"qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-machine", "pc", "-cpu", cpu, "-m", strconv.Itoa(c.Memory)}
+	if c.Icount {
+		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi", "-smp", strconv.Itoa(c.CPUs))
+	}
+	disk := func(id, file string) []string {
+		return []string{
+			"-drive", "if=none,format=raw,readonly=on,id=" + id + ",file=" + file,
+			"-device", "virtio-blk-pci,drive=" + id,
+		}
+	}
+	args = append(args, disk("root", root.Image())...)
+	args = append(args, disk("payload", filepath.Join(dir, "payload.squashfs"))...)
+	kernel := strings.Join(strings.Fields("console=ttyS0 loglevel=5 "+panicArgs+" "+c.Append), " ")
+	return append(args,
+		"-kernel", root.Vmlinuz(), "-initrd", filepath.Join(dir, "initramfs.cpio"), "-append", kernel,
+		"-serial", "file:"+filepath.Join(dir, consoleName),
+		"-device", "virtio-serial-pci",
+		"-chardev", "socket,id=host,path="+filepath.Join(dir, "port"),
+		"-device", "virtserialport,chardev=host,name="+Port,
+	)
+}
+
+const consoleName = "console"
+
+func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (int, error) {
+	listener, err := net.Listen("unix", filepath.Join(dir, "port"))
+	if err != nil {
+		return 0, err
+	}
+	defer listener.Close()
+
+	args := emulator(dir, root, c)
+	c.Log.Info("booting the host", "suite", root.Suite.Name, "kernel", root.Kernel, "command", quote(args))
+	start := time.Now()
+	var stderr bytes.Buffer
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Stderr = &stderr
+	cmd.Cancel = func() error { return cmd.Process.Kill() }
+	// The emulator goes when this process goes, however it does.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		if errors.Is(err, exec.ErrNotFound) {
+			return 0, fmt.Errorf("%w: run 'make deps' first", err)
+		}
+		return 0, err
+	}
+
+	type result struct {
+		code int
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			done <- result{0, err}
+			return
+		}
+		defer conn.Close()
+		code, err := receive(conn, c, start)
+		done <- result{code, err}
+	}()
+
+	exit := cmd.Wait()
+	listener.Close() // a QEMU that never connected leaves no one waiting
+	r := <-done
+
+	trouble := []error{r.err}
+	if ctx.Err() != nil {
+		trouble = append(trouble, fmt.Errorf("stopped after %v: %w", time.Since(start).Round(time.Second), context.Cause(ctx)))
+	} else if exit != nil {
+		trouble = append(trouble, fmt.Errorf("QEMU: %w: %s", exit, strings.TrimSpace(stderr.String())))
+	}
+	console, err := os.ReadFile(filepath.Join(dir, consoleName))
+	if err != nil {
+		trouble = append(trouble, err)
+	}
+	if m := alarm.Find(console); m != nil {
+		trouble = append(trouble, fmt.Errorf("its console says %q", m))
+	}
+	if err := errors.Join(trouble...); err != nil {
+		return 0, fmt.Errorf("%w: %w\nend of its console:\n%s", ErrTrouble, err, tail(console, 60))
+	}
+	c.Log.Info("the host is done", "exit", r.code, "seconds", int(time.Since(start).Seconds()))
+	return r.code, nil
+}
+
+// receive handles the host's records up to the last.
+func receive(from io.Reader, c Config, start time.Time) (int, error) {
+	d := json.NewDecoder(bufio.NewReaderSize(from, 1<<16))
+	seen := map[string]bool{}
+	for {
+		var r record
+		if err := d.Decode(&r); err != nil {
+			return 0, fmt.Errorf("ended without its closing record: %w", err)
+		}
+		var err error
+		switch r.Kind {
+		case kindReady:
+			c.Log.Info("the host is up", "seconds", fmt.Sprintf("%.1f", time.Since(start).Seconds()))
+		case kindStdout:
+			_, err = c.Stdout.Write(r.Data)
+		case kindStderr:
+			_, err = c.Stderr.Write(r.Data)
+		case kindFile:
+			if c.Out != "" {
+				err = appendFile(c.Out, r, !seen[r.Name])
+				seen[r.Name] = true
+			}
+		case kindError:
+			return 0, errors.New(string(r.Data))
+		case kindDone:
+			return r.Code, nil
+		default:
+			return 0, fmt.Errorf("unknown record %q", r.Kind)
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
+}
+
+// appendFile stores a piece of a file that the host left, within dir.
+func appendFile(dir string, r record, first bool) error {
+	if !filepath.IsLocal(r.Name) {
+		return fmt.Errorf("file %q is not below %s", r.Name, Out)
+	}
+	name := filepath.Join(dir, r.Name)
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return err
+	}
+	flags := os.O_WRONLY | os.O_CREATE | os.O_APPEND
+	if first {
+		flags |= os.O_TRUNC
+	}
+	f, err := os.OpenFile(name, flags, r.Mode)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(r.Data)
+	return errors.Join(err, f.Close())
+}
+
+// tail is the last n lines of text.
+func tail(text []byte, n int) string {
+	lines := strings.Split(strings.TrimRight(strings.ReplaceAll(string(text), "\r", ""), "\n"), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}
+
+// quote is a command line that a shell takes.
+func quote(args []string) string {
+	quoted := make([]string, len(args))
+	for i, a := range args {
+		if strings.ContainsAny(a, " \t\"'\\$*?;&|<>()#~`") || a == "" {
+			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+		}
+		quoted[i] = a
+	}
+	return strings.Join(quoted, " ")
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MIT
+
+package host
+
+import "os"
+
+// Port is the name of the virtio port that records come out of a host by.
+const Port = "kvmaccess.host"
+
+// Payload is where a host finds what it was given, Out where it leaves files
+// for the outside.
+const (
+	Payload = "/payload"
+	Out     = "/out"
+)
+
+// specName is the file in the payload that says what to run.
+const specName = "run.json"
+
+// spec is what the first process of a host is to run.
+type spec struct {
+	Args []string `json:"args"`
+	Env  []string `json:"env"`
+}
+
+// record is a line of JSON on the port.
+type record struct {
+	Kind string      `json:"kind"` // a kind* constant
+	Name string      `json:"name,omitempty"`
+	Mode os.FileMode `json:"mode,omitempty"`
+	Data []byte      `json:"data,omitempty"`
+	Code int         `json:"code,omitempty"`
+}
+
+const (
+	kindReady  = "ready"  // the command starts
+	kindStdout = "stdout" // Data is a piece of it
+	kindStderr = "stderr"
+	kindFile   = "file"  // Data is appended to the file Name below Out, which is made with Mode
+	kindError  = "error" // Data says why the host itself failed
+	kindDone   = "done"  // the command ended with Code; nothing follows
+)
