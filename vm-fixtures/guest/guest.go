@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT
+
+// Package guest starts guests by QEMU and KVM on the machine it runs on, an
+// emulated host or a real one, out of the payload of package host, and asks
+// their agents to do things inside.
+package guest
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/agent"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
+)
+
+// Config says which guest to start. The zero value of each field but Name
+// has a default.
+type Config struct {
+	Name   string
+	UUID   string // default: none is given to QEMU
+	CPUs   int    // default 1
+	Memory int    // MiB; default 256
+	Append string // to the kernel's command line
+	CPU    string // QEMU's model; default "host"
+	Args   []string
+}
+
+// Guest is a running guest.
+type Guest struct {
+	Name string
+	PID  int // of QEMU
+
+	dir  string
+	cmd  *exec.Cmd
+	out  bytes.Buffer
+	exit chan struct{} // closed when QEMU has ended
+	err  error         // of QEMU, once exit is closed
+
+	mu    sync.Mutex // one request at a time
+	conn  net.Conn
+	reply *bufio.Reader
+	qmp   *qmp
+}
+
+// Start boots a guest and returns once its agent answers.
+func Start(ctx context.Context, c Config) (_ *Guest, err error) {
+	payload := os.Getenv(host.Env)
+	if payload == "" {
+		return nil, fmt.Errorf("%s is not set: this runs under 'vmfixture run'", host.Env)
+	}
+	dir, err := os.MkdirTemp("", "guest-"+c.Name+"-")
+	if err != nil {
+		return nil, err
+	}
+	g := &Guest{Name: c.Name, dir: dir, exit: make(chan struct{})}
+	g.cmd = exec.Command("qemu-system-x86_64", arguments(payload, dir, c)...)
+	g.cmd.Stdout, g.cmd.Stderr = &g.out, &g.out
+	// No guest outlives its owner.
+	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := startPinned(g.cmd); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	g.PID = g.cmd.Process.Pid
+	go func() {
+		g.err = g.cmd.Wait()
+		close(g.exit)
+	}()
+	defer func() {
+		if err != nil {
+			console := g.Console()
+			err = fmt.Errorf("guest %s: %w\nQEMU: %s\nits console:\n%s", c.Name, errors.Join(err, g.Kill()), g.out.String(), console)
+		}
+	}()
+	if g.qmp, err = dialQMP(ctx, g, filepath.Join(dir, "qmp")); err != nil {
+		return nil, err
+	}
+	if g.conn, err = g.dial(ctx, filepath.Join(dir, "agent")); err != nil {
+		return nil, err
+	}
+	g.reply = bufio.NewReaderSize(g.conn, 1<<16)
+	// What is sent before the guest's driver is there waits in the socket.
+	if _, err := g.Ask(ctx, agent.Request{Op: agent.OpPing}); err != nil {
+		return nil, err
+	}
+	return g, nil
+}
+
+// startPinned starts a command from a thread that never ends: the kernel
+// takes the death of a parent's thread for that of the parent
+// (PR_SET_PDEATHSIG(2const)).
+func startPinned(cmd *exec.Cmd) error {
+	starts.once.Do(func() {
+		starts.requests = make(chan func())
+		go func() {
+			lockThread()
+			for f := range starts.requests {
+				f()
+			}
+		}()
+	})
+	err := make(chan error)
+	starts.requests <- func() { err <- cmd.Start() }
+	return <-err
+}
+
+var starts struct {
+	once     sync.Once
+	requests chan func()
+}
+
+func arguments(payload, dir string, c Config) []string {
+	name := "guest=" + c.Name + ",debug-threads=on"
+	cpu := c.CPU
+	if cpu == "" {
+		cpu = "host"
+	}
+	memory := c.Memory
+	if memory == 0 {
+		memory = 256
+	}
+	line := "console=ttyS0 loglevel=4 panic=-1 rdinit=" + agent.Init + " " + c.Append
+	args := []string{
+		"-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+		"-accel", "kvm", "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.CPUs)), "-m", strconv.Itoa(memory),
+		"-machine", "microvm,pic=on,pit=on,rtc=on,isa-serial=on",
+		"-kernel", filepath.Join(payload, host.GuestKernel),
+		"-initrd", filepath.Join(payload, host.GuestInitramfs),
+		"-append", strings.TrimSpace(line),
+		"-serial", "file:" + filepath.Join(dir, "console"),
+		"-qmp", "unix:" + filepath.Join(dir, "qmp") + ",server=on,wait=off",
+		"-device", "virtio-serial-device",
+		"-chardev", "socket,id=agent,server=on,wait=off,path=" + filepath.Join(dir, "agent"),
+		"-device", "virtserialport,chardev=agent,name=" + agent.Port,
+	}
+	if c.UUID != "" {
+		args = append(args, "-uuid", c.UUID)
+	}
+	return append(args, c.Args...)
+}
+
+// dial connects to a socket of QEMU as soon as it is there.
+func (g *Guest) dial(ctx context.Context, path string) (net.Conn, error) {
+	for {
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			return conn, nil
+		}
+		select {
+		case <-g.exit:
+			return nil, fmt.Errorf("QEMU ended: %v", g.err)
+		case <-ctx.Done():
+			return nil, errors.Join(err, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// Ask lets the guest's agent do something and waits until it has.
+func (g *Guest) Ask(ctx context.Context, q agent.Request) (agent.Reply, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	// A request that is given up leaves its reply behind: no more after it.
+	stop := context.AfterFunc(ctx, func() { g.conn.Close() })
+	p, err := agent.Ask(g.conn, g.reply, q)
+	if !stop() && err != nil {
+		err = errors.Join(err, ctx.Err())
+	}
+	if err != nil {
+		err = fmt.Errorf("guest %s: %s: %w", g.Name, q.Op, err)
+	}
+	return p, err
+}
+
+// Console is what the guest's kernel wrote so far.
+func (g *Guest) Console() string {
+	text, err := os.ReadFile(filepath.Join(g.dir, "console"))
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
+}
+
+// Done is closed when the guest's QEMU has ended.
+func (g *Guest) Done() <-chan struct{} { return g.exit }
+
+// Stop ends the guest as its owner would, by QMP, and waits until it is gone.
+func (g *Guest) Stop(ctx context.Context) error {
+	if _, err := g.QMP(ctx, "quit", nil); err != nil {
+		return errors.Join(err, g.Kill())
+	}
+	return g.gone()
+}
+
+// Kill ends the guest's QEMU by SIGKILL and waits until it is gone.
+func (g *Guest) Kill() error {
+	if err := g.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	return g.gone()
+}
+
+func (g *Guest) gone() error {
+	<-g.exit
+	if g.conn != nil {
+		g.conn.Close()
+	}
+	if g.qmp != nil {
+		g.qmp.conn.Close()
+	}
+	return os.RemoveAll(g.dir)
+}
