@@ -45,7 +45,7 @@
  * that the host swapped out, or that the guest never touched, is ENODATA, and
  * process_vm_readv(2) on the VMM at the memslot's host address gets it.
  *
- * Errors, each with an explanation in the extended acknowledgement
+ * Errors, each with an explanation in the extended acknowledgment
  * ----------------------------------------------------------------
  *  EPERM          the caller lacks CAP_SYS_ADMIN
  *  EINVAL         an attribute is missing, malformed, or out of range; a
@@ -172,9 +172,9 @@ enum kvmaccess_method {
 
 /* Bits of KVMACCESS_A_VCPU_FLAGS. */
 enum kvmaccess_vcpu_flag {
-	KVMACCESS_VCPU_F_NESTED		= 1 << 0,	/* the state is that of a nested guest (L2) */
+	KVMACCESS_VCPU_F_NESTED		= 1 << 0,	/* the state is a nested guest's (L2) */
 	KVMACCESS_VCPU_F_SMM		= 1 << 1,	/* in system management mode */
-	KVMACCESS_VCPU_F_EMULATING	= 1 << 2,	/* user space is completing an instruction */
+	KVMACCESS_VCPU_F_EMULATING	= 1 << 2,	/* amid an instruction in user space */
 };
 
 /*
@@ -199,7 +199,7 @@ enum kvmaccess_a_vcpu {
 	KVMACCESS_A_VCPU_PAD,
 	KVMACCESS_A_VCPU_VM_ID,		/* u64 */
 	KVMACCESS_A_VCPU_ID,		/* u32: the VMM's number of the vCPU (its APIC id) */
-	KVMACCESS_A_VCPU_TID,		/* u32: thread that last ran it, initial pid namespace; 0: none */
+	KVMACCESS_A_VCPU_TID,		/* u32: last thread of it, initial pid namespace; 0: none */
 	KVMACCESS_A_VCPU_CONDITION,	/* u32: enum kvmaccess_condition */
 	KVMACCESS_A_VCPU_METHOD,	/* u32: enum kvmaccess_method */
 	KVMACCESS_A_VCPU_CPU,		/* u32: host CPU it runs on or ran on last; absent: none */

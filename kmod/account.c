@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: GPL-2.0-only
+#include <linux/ktime.h>
+#include <linux/timekeeping.h>
+
+#include "account.h"
+
+struct kvmaccess_account kvmaccess_account;
+
+static void op_add(struct kvmaccess_account_op *op, u64 ns, int err, u64 bytes)
+{
+	atomic64_inc(&op->count);
+	atomic64_add(ns, &op->time);
+	if (err)
+		atomic64_inc(&op->errors);
+	if (bytes)
+		atomic64_add(bytes, &op->bytes);
+}
+
+/* @vm is NULL for a request that no VM was found for. */
+void kvmaccess_account_op(struct kvmaccess_account *vm, enum kvmaccess_cmd cmd,
+			  u64 start, int err, u64 bytes)
+{
+	u64 ns = ktime_get_ns() - start;
+
+	op_add(&kvmaccess_account.ops[cmd], ns, err, bytes);
+	if (vm)
+		op_add(&vm->ops[cmd], ns, err, bytes);
+}
+
+/* The module's own total is the worker's run time, not a sum of these. */
+void kvmaccess_account_worker(struct kvmaccess_account *vm, u64 ns)
+{
+	atomic64_add(ns, &vm->worker);
+}
+
+static void capture_add(struct kvmaccess_account *a, u32 retries,
+			u32 interrupts, u64 interrupt)
+{
+	atomic64_inc(&a->captures);
+	if (retries)
+		atomic64_add(retries, &a->retries);
+	if (interrupts) {
+		atomic64_add(interrupts, &a->interrupts);
+		atomic64_add(interrupt, &a->interrupt);
+	}
+}
+
+void kvmaccess_account_capture(struct kvmaccess_account *vm, u32 retries,
+			       u32 interrupts, u64 interrupt)
+{
+	capture_add(&kvmaccess_account, retries, interrupts, interrupt);
+	capture_add(vm, retries, interrupts, interrupt);
+}

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The state of a vCPU at one instant, without waiting for it.
+ *
+ * A vCPU's registers belong to the thread that has it loaded, and that thread
+ * holds vcpu->mutex for as long as the guest runs: waiting for it is no way
+ * to look at a running guest. But a vCPU is loaded on at most one CPU, which
+ * vcpu->cpu names, and an interrupt there either finds it loaded, and then it
+ * has stopped it, or finds it not loaded, and then it cannot be loaded there
+ * before the interrupt ends. To be loaded on another CPU its thread first
+ * writes that CPU's number to vcpu->cpu and only then touches its state. So
+ * whatever is read in an interrupt on the CPU that vcpu->cpu names before
+ * *and* after the reading was the vCPU's state at that instant.
+ *
+ * Out of guest mode KVM may be in the middle of emulating an instruction
+ * whose effects it writes one by one; the condition says when that can be.
+ */
+#include <linux/cpu.h>
+#include <linux/kallsyms.h>
+#include <linux/mutex.h>
+#include <linux/netlink.h>
+#include <linux/smp.h>
+#include <linux/timekeeping.h>
+
+#include "account.h"
+#include "ksyms.h"
+#include "vcpu.h"
+#include "vm.h"
+
+/* A vCPU that changes its CPU more often than this within a capture: EAGAIN. */
+#define CAPTURE_ATTEMPTS 32
+
+struct capture {
+	struct kvm_vcpu *vcpu;
+	struct kvmaccess_vcpu_state *state;
+	const struct kvmaccess_vcpu_vendor *vendor;
+	struct task_struct *requester;
+	u32 interrupts;
+	u64 interrupt;
+	int err;
+};
+
+static const struct kvmaccess_vcpu_vendor *vendors[] = {
+	&kvmaccess_vcpu_svm,
+};
+
+static DEFINE_MUTEX(vendor_mutex);
+static const struct kvmaccess_vcpu_vendor *vendor;
+
+/*
+ * kvm-amd and kvm-intel may come later than this module, so this is tried
+ * until it succeeds. Their layouts are those of the running kernel and stay
+ * the same when the module is loaded again; both at once cannot be loaded.
+ */
+const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void)
+{
+	const struct kvmaccess_vcpu_vendor *v = READ_ONCE(vendor);
+	char symbol[KSYM_SYMBOL_LEN];
+	unsigned long get_msr;
+	unsigned int i;
+
+	if (v || !kvmaccess_ksyms.ops || !kvmaccess_ksyms.running)
+		return v;
+
+	mutex_lock(&vendor_mutex);
+	get_msr = (unsigned long)READ_ONCE(kvmaccess_ksyms.ops->get_msr);
+	if (!vendor && get_msr) {
+		sprint_symbol_no_offset(symbol, get_msr);
+		for (i = 0; i < ARRAY_SIZE(vendors); i++) {
+			v = vendors[i];
+			if (!strstarts(symbol, v->prefix))
+				continue;
+			if (!v->init())
+				WRITE_ONCE(vendor, v);
+			break;
+		}
+	}
+	v = vendor;
+	mutex_unlock(&vendor_mutex);
+	return v;
+}
+
+static enum kvmaccess_condition condition_of(struct kvm_vcpu *vcpu, bool loaded)
+{
+	if (loaded) {
+		/* Set by KVM between the exit that an interrupt caused and its end. */
+		if (READ_ONCE(vcpu->arch.handling_intr_from_guest))
+			return KVMACCESS_CONDITION_GUEST;
+		/* Polling for a wake-up before it blocks. */
+		if (READ_ONCE(vcpu->arch.mp_state) == KVM_MP_STATE_HALTED)
+			return KVMACCESS_CONDITION_HALTED;
+		return KVMACCESS_CONDITION_HOST;
+	}
+	if (READ_ONCE(vcpu->arch.last_vmentry_cpu) == -1)
+		return KVMACCESS_CONDITION_NEW;
+	if (READ_ONCE(vcpu->preempted))
+		return KVMACCESS_CONDITION_PREEMPTED;
+	if (READ_ONCE(vcpu->stat.generic.blocking))
+		return KVMACCESS_CONDITION_HALTED;
+	/* Asleep in KVM_RUN for a page or a lock, else not in KVM_RUN. */
+	return mutex_is_locked(&vcpu->mutex) ? KVMACCESS_CONDITION_HOST :
+					       KVMACCESS_CONDITION_USER;
+}
+
+static void read_state(struct capture *c, bool loaded)
+{
+	struct kvmaccess_vcpu_state *s = c->state;
+	struct kvm_vcpu *vcpu = c->vcpu;
+	unsigned int i;
+
+	BUILD_BUG_ON(VCPU_REGS_R15 + 1 != ARRAY_SIZE(s->gpr));
+	BUILD_BUG_ON(VCPU_SREG_LDTR + 1 != ARRAY_SIZE(s->segment));
+
+	s->condition = condition_of(vcpu, loaded);
+	s->flags = 0;
+	if (vcpu->arch.hflags & HF_GUEST_MASK)
+		s->flags |= KVMACCESS_VCPU_F_NESTED;
+	s->as_id = kvm_arch_vcpu_memslots_id(vcpu);
+	if (s->as_id)
+		s->flags |= KVMACCESS_VCPU_F_SMM;
+	if (vcpu->arch.emulate_regs_need_sync_to_vcpu)
+		s->flags |= KVMACCESS_VCPU_F_EMULATING;
+
+	for (i = 0; i < ARRAY_SIZE(s->gpr); i++)
+		s->gpr[i] = vcpu->arch.regs[i];
+	s->rip = vcpu->arch.regs[VCPU_REGS_RIP];
+	s->cr2 = vcpu->arch.cr2;
+	s->cr8 = kvmaccess_ksyms.get_cr8 ? kvmaccess_ksyms.get_cr8(vcpu) : 0;
+	s->efer = vcpu->arch.efer;
+	for (i = 0; i < ARRAY_SIZE(s->db); i++)
+		s->db[i] = vcpu->arch.db[i];
+	s->dr6 = vcpu->arch.dr6;
+	s->dr7 = vcpu->arch.dr7;
+	s->pat = vcpu->arch.pat;
+
+	c->vendor->read(vcpu, s);
+}
+
+/* In an interrupt, or with interrupts off on the requester's own CPU. */
+static void capture_here(void *info)
+{
+	struct capture *c = info;
+	struct kvm_vcpu *vcpu = c->vcpu;
+	int cpu = smp_processor_id();
+	u64 start = ktime_get_ns(), time;
+
+	c->err = -EAGAIN;
+	if (READ_ONCE(vcpu->cpu) == cpu) {
+		/* Nothing of the state may be read before the CPU's number ... */
+		smp_rmb();
+		read_state(c, *per_cpu_ptr(kvmaccess_ksyms.running, cpu) == vcpu);
+		c->state->cpu = cpu;
+		c->state->method = c->requester == current ?
+				   KVMACCESS_METHOD_LOCAL : KVMACCESS_METHOD_INTERRUPT;
+		/* ... or after it is read again. */
+		smp_rmb();
+		if (READ_ONCE(vcpu->cpu) == cpu)
+			c->err = 0;
+	}
+
+	time = ktime_get_ns() - start;
+	c->state->time = start;
+	c->state->handler = time;
+	if (c->requester != current) {
+		c->interrupts++;
+		c->interrupt += time;
+	}
+}
+
+/*
+ * The CPU that the vCPU ran on last is offline, or it has had none yet: it is
+ * not loaded. It can be loaded on a CPU that is online, whose number it then
+ * writes before anything else. The CPU named here cannot come back meanwhile.
+ */
+static int capture_in_place(struct capture *c)
+{
+	struct kvm_vcpu *vcpu = c->vcpu;
+	u64 start;
+	int cpu;
+
+	/* Waiting for a CPU to come or go could take long. */
+	if (!cpus_read_trylock())
+		return -EAGAIN;
+
+	cpu = READ_ONCE(vcpu->cpu);
+	if (cpu >= 0 && cpu_online(cpu)) {
+		cpus_read_unlock();
+		return -EAGAIN;
+	}
+
+	start = ktime_get_ns();
+	smp_rmb();
+	read_state(c, false);
+	smp_rmb();
+	c->state->cpu = cpu;
+	c->state->method = KVMACCESS_METHOD_MEMORY;
+	c->state->time = start;
+	c->state->handler = 0;
+	c->err = READ_ONCE(vcpu->cpu) == cpu ? 0 : -EAGAIN;
+
+	cpus_read_unlock();
+	return c->err;
+}
+
+static int capture_once(struct capture *c)
+{
+	int cpu = READ_ONCE(c->vcpu->cpu);
+	int err = -ENXIO;
+
+	if (cpu >= 0) {
+		/* Interrupts are off for some thousand instructions there at most. */
+		err = smp_call_function_single(cpu, capture_here, c, true);
+		if (!err)
+			err = c->err;
+	}
+	return err == -ENXIO ? capture_in_place(c) : err;
+}
+
+/*
+ * Take the state of @vcpu of @vm, which the caller holds. Bounded: no attempt
+ * waits for anything but an interrupt to another CPU.
+ */
+int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
+			   struct kvmaccess_vcpu_state *state,
+			   struct netlink_ext_ack *extack)
+{
+	struct capture c = {
+		.vcpu = vcpu,
+		.state = state,
+		.vendor = kvmaccess_vcpu_vendor(),
+		.requester = current,
+	};
+	u64 start = ktime_get_ns();
+	struct pid *pid;
+	int err;
+
+	if (!c.vendor) {
+		NL_SET_ERR_MSG(extack, "registers cannot be read on this host: see what INFO says is missing");
+		return -EOPNOTSUPP;
+	}
+	if (vcpu->arch.guest_state_protected) {
+		NL_SET_ERR_MSG(extack, "the registers of this guest are encrypted");
+		return -EACCES;
+	}
+
+	state->retries = 0;
+	do {
+		err = capture_once(&c);
+	} while (err == -EAGAIN && ++state->retries < CAPTURE_ATTEMPTS);
+
+	kvmaccess_account_capture(&vm->account, state->retries, c.interrupts,
+				  c.interrupt);
+	if (err) {
+		NL_SET_ERR_MSG(extack, "the vCPU changed its CPU during each attempt: try again");
+		return err;
+	}
+
+	rcu_read_lock();
+	pid = rcu_dereference(vcpu->pid);
+	state->tid = pid_nr(pid);
+	rcu_read_unlock();
+
+	state->duration = ktime_get_ns() - start;
+	return 0;
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * A vCPU on AMD processors: most of its state is in the VMCB, which is memory
+ * that the processor updates on each exit. By the time an interrupt is taken
+ * in a thread whose guest was running, svm_vcpu_run() has copied RAX, RSP, RIP
+ * and CR2 to struct kvm_vcpu_arch, with GIF clear, and has saved by VMSAVE
+ * what VMRUN does not. CR0 and CR3 follow only in svm_handle_exit(), with
+ * interrupts on. The getters of kvm-amd that are called here read the VMCB
+ * and fill no cache.
+ */
+#include <asm/svm.h>
+#include <linux/err.h>
+
+#include "btf.h"
+#include "ksyms.h"
+#include "vcpu.h"
+
+static struct {
+	u32 vcpu;	/* struct vcpu_svm: vcpu */
+	u32 vmcb;	/* struct vcpu_svm: vmcb */
+} layout;
+
+static const u32 msrs[KVMACCESS_MSR_NUM] = {
+	[KVMACCESS_MSR_STAR]		= MSR_STAR,
+	[KVMACCESS_MSR_LSTAR]		= MSR_LSTAR,
+	[KVMACCESS_MSR_CSTAR]		= MSR_CSTAR,
+	[KVMACCESS_MSR_SFMASK]		= MSR_SYSCALL_MASK,
+	[KVMACCESS_MSR_SYSENTER_CS]	= MSR_IA32_SYSENTER_CS,
+	[KVMACCESS_MSR_SYSENTER_ESP]	= MSR_IA32_SYSENTER_ESP,
+	[KVMACCESS_MSR_SYSENTER_EIP]	= MSR_IA32_SYSENTER_EIP,
+	[KVMACCESS_MSR_KERNEL_GS_BASE]	= MSR_KERNEL_GS_BASE,
+};
+
+static int svm_init(void)
+{
+	struct kvmaccess_btf *btf;
+	int err;
+
+	btf = kvmaccess_btf_open("kvm_amd");
+	if (IS_ERR(btf))
+		btf = kvmaccess_btf_open(NULL);	/* kvm-amd built in */
+	if (IS_ERR(btf)) {
+		kvmaccess_ksyms_miss("type information (/sys/kernel/btf)");
+		return PTR_ERR(btf);
+	}
+
+	err = kvmaccess_btf_member(btf, "vcpu_svm", "vcpu", &layout.vcpu);
+	if (!err)
+		err = kvmaccess_btf_member(btf, "vcpu_svm", "vmcb", &layout.vmcb);
+	kvmaccess_btf_close(btf);
+	if (err)
+		kvmaccess_ksyms_miss("layout of struct vcpu_svm");
+	return err;
+}
+
+static void svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+{
+	void *svm = (void *)vcpu - layout.vcpu;
+	const struct vmcb *vmcb = READ_ONCE(*(struct vmcb **)(svm + layout.vmcb));
+	const struct kvm_x86_ops *ops = kvmaccess_ksyms.ops;
+	unsigned int i;
+
+	/* KVM's copy is newer than the VMCB's only if the guest cannot write CR0. */
+	s->cr0 = test_bit(INTERCEPT_CR0_WRITE,
+			  (const unsigned long *)vmcb->control.intercepts) ?
+		 vcpu->arch.cr0 : vmcb->save.cr0;
+	/* ... and that of CR3 if there are shadow page tables or it was set. */
+	s->cr3 = !(vmcb->control.nested_ctl & SVM_NESTED_CTL_NP_ENABLE) ||
+		 test_bit(VCPU_EXREG_CR3, (unsigned long *)&vcpu->arch.regs_dirty) ?
+		 vcpu->arch.cr3 : vmcb->save.cr3;
+	s->cr4 = vcpu->arch.cr4;
+	s->rflags = ops->get_rflags(vcpu);
+	s->cpl = ops->get_cpl(vcpu);
+
+	for (i = 0; i < ARRAY_SIZE(s->segment); i++)
+		ops->get_segment(vcpu, &s->segment[i], i);
+	ops->get_gdt(vcpu, &s->gdt);
+	ops->get_idt(vcpu, &s->idt);
+
+	for (i = 0; i < ARRAY_SIZE(msrs); i++) {
+		struct msr_data msr = { .index = msrs[i], .host_initiated = true };
+
+		s->msr[i] = ops->get_msr(vcpu, &msr) ? 0 : msr.data;
+	}
+}
+
+const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_svm = {
+	.id = KVMACCESS_VENDOR_SVM,
+	.module = "kvm_amd",
+	.prefix = "svm_",
+	.init = svm_init,
+	.read = svm_read,
+};

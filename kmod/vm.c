@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Which VMs there are, and since when.
+ *
+ * Identity: KVM names a VM by its address, which the next VM may get. An
+ * entry here is therefore tied to one life of that address. The kprobe on
+ * kvm_arch_destroy_vm(), through which every VM goes before its memory is
+ * freed, ends it by setting ->gone; the walk of vm_list makes entries for
+ * addresses that have no living one.
+ *
+ * References: kvm_put_kvm() of the last reference destroys the VM. Between
+ * two requests none is held, so a VM goes when its VMM goes.
+ *
+ * Locks: vms_mutex protects the list and the hash table and is taken before
+ * kvm_lock. Nothing of KVM calls here but the probes, which take no lock at
+ * all: they may run in the context of an int3, where even a raw spinlock that
+ * is taken elsewhere with interrupts off would deadlock.
+ */
+#include <linux/hashtable.h>
+#include <linux/irq_work.h>
+#include <linux/kprobes.h>
+#include <linux/netlink.h>
+#include <linux/pid.h>
+#include <linux/pid_namespace.h>
+#include <linux/rculist.h>
+#include <linux/sched/task.h>
+#include <linux/slab.h>
+#include <linux/timekeeping.h>
+#include <linux/workqueue.h>
+
+#include "ksyms.h"
+#include "netlink.h"
+#include "vm.h"
+
+static DEFINE_MUTEX(vms_mutex);
+static DEFINE_HASHTABLE(vms_by_address, 10);
+static LIST_HEAD(vms);		/* by rising id */
+static u64 last_id;
+static u64 last_walk;
+static u32 generation = 1;
+static bool announcing;
+static bool stopped;
+static bool has_create_probe;
+
+static void free_entry(struct kvmaccess_vm *vm)
+{
+	if (refcount_dec_and_test(&vm->refs))
+		kfree_rcu(vm, rcu);
+}
+
+static struct kvmaccess_vm *find_by_address(struct kvm *kvm)
+{
+	struct kvmaccess_vm *vm;
+
+	hash_for_each_possible_rcu(vms_by_address, vm, hash, (unsigned long)kvm,
+				   lockdep_is_held(&vms_mutex)) {
+		if (vm->kvm == kvm && !READ_ONCE(vm->gone))
+			return vm;
+	}
+	return NULL;
+}
+
+/*
+ * Take a reference to the VM of @vm. vm_list holds no VM whose last reference
+ * is gone for longer than its destroyer needs to take kvm_lock, and
+ * kvm_get_kvm_safe() refuses that one. A VM found here under the right
+ * address may still be the next one: the caller looks at ->gone again.
+ */
+static bool hold(struct kvmaccess_vm *vm)
+{
+	struct kvm *kvm;
+	bool held = false;
+
+	lockdep_assert_held(&vms_mutex);
+
+	mutex_lock(kvmaccess_ksyms.lock);
+	list_for_each_entry(kvm, kvmaccess_ksyms.vms, vm_list) {
+		if (kvm == vm->kvm) {
+			held = kvm_get_kvm_safe(kvm);
+			break;
+		}
+	}
+	mutex_unlock(kvmaccess_ksyms.lock);
+
+	if (held && READ_ONCE(vm->gone)) {
+		kvm_put_kvm(kvm);
+		held = false;
+	}
+	if (held)
+		refcount_inc(&vm->refs);
+	return held;
+}
+
+static pid_t tgid_of(struct kvm *kvm, struct pid *pid)
+{
+	struct task_struct *task = pid ? pid_task(pid, PIDTYPE_PID) : NULL;
+
+	/* The number may have been given to another process since. */
+	return task && READ_ONCE(task->mm) == kvm->mm ?
+	       task_tgid_nr_ns(task, &init_pid_ns) : 0;
+}
+
+/*
+ * KVM notes the thread that created the VM. Where that thread has ended, any
+ * vCPU's thread belongs to the same process.
+ */
+static void find_pid(struct kvmaccess_vm *vm)
+{
+	struct kvm *kvm = vm->kvm;
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+	pid_t pid;
+
+	rcu_read_lock();
+	pid = tgid_of(kvm, find_pid_ns(kvm->userspace_pid, &init_pid_ns));
+	kvm_for_each_vcpu(i, vcpu, kvm) {
+		if (pid)
+			break;
+		pid = tgid_of(kvm, rcu_dereference(vcpu->pid));
+	}
+	rcu_read_unlock();
+
+	if (pid)
+		WRITE_ONCE(vm->pid, pid);
+}
+
+/*
+ * Bring the entries in line with vm_list. kvm_lock is taken by the shrinker
+ * of KVM's page tables, so nothing may be allocated under it: the walk starts
+ * again whenever it needs another entry, once for each new VM.
+ */
+static void walk(void)
+{
+	struct kvmaccess_vm *vm, *next, *spare = NULL;
+	bool again;
+	struct kvm *kvm;
+
+	lockdep_assert_held(&vms_mutex);
+
+	last_walk++;
+	do {
+		again = false;
+		mutex_lock(kvmaccess_ksyms.lock);
+		list_for_each_entry(kvm, kvmaccess_ksyms.vms, vm_list) {
+			vm = find_by_address(kvm);
+			if (vm) {
+				vm->walk = last_walk;
+				continue;
+			}
+			/* Being destroyed, and never seen before. */
+			if (!refcount_read(&kvm->users_count))
+				continue;
+			if (!spare) {
+				again = true;
+				break;
+			}
+			vm = spare;
+			spare = NULL;
+			refcount_set(&vm->refs, 1);
+			vm->kvm = kvm;
+			vm->id = ++last_id;
+			vm->seen = ktime_get_boottime_ns();
+			vm->walk = last_walk;
+			vm->fresh = true;
+			hash_add_rcu(vms_by_address, &vm->hash, (unsigned long)kvm);
+			list_add_tail(&vm->list, &vms);
+		}
+		mutex_unlock(kvmaccess_ksyms.lock);
+		/* Out of memory: the rest is found by the next walk. */
+	} while (again && (spare = kzalloc(sizeof(*spare), GFP_KERNEL)));
+	kfree(spare);
+
+	list_for_each_entry_safe(vm, next, &vms, list) {
+		if (vm->fresh) {
+			vm->fresh = false;
+			generation++;
+			if (hold(vm)) {
+				find_pid(vm);
+				if (announcing)
+					kvmaccess_netlink_event(vm, KVMACCESS_CMD_VM_CREATED);
+				kvmaccess_vm_put(vm);
+			}
+		}
+		if (vm->walk == last_walk && !READ_ONCE(vm->gone))
+			continue;
+		WRITE_ONCE(vm->gone, true);
+		generation++;
+		hash_del_rcu(&vm->hash);
+		list_del(&vm->list);
+		if (announcing)
+			kvmaccess_netlink_event(vm, KVMACCESS_CMD_VM_DESTROYED);
+		free_entry(vm);
+	}
+}
+
+static void walk_work_fn(struct work_struct *work)
+{
+	mutex_lock(&vms_mutex);
+	if (!stopped)
+		walk();
+	mutex_unlock(&vms_mutex);
+}
+
+static DECLARE_WORK(walk_work, walk_work_fn);
+
+static void kick_fn(struct irq_work *work)
+{
+	schedule_work(&walk_work);
+}
+
+static DEFINE_IRQ_WORK(kick, kick_fn);
+
+static int on_destroy(struct kprobe *probe, struct pt_regs *regs)
+{
+	struct kvm *kvm = (struct kvm *)regs_get_kernel_argument(regs, 0);
+	struct kvmaccess_vm *vm;
+
+	rcu_read_lock();
+	vm = find_by_address(kvm);
+	if (vm)
+		WRITE_ONCE(vm->gone, true);
+	rcu_read_unlock();
+
+	irq_work_queue(&kick);
+	return 0;
+}
+
+static struct kprobe destroy_probe = {
+	.symbol_name = "kvm_arch_destroy_vm",
+	.pre_handler = on_destroy,
+};
+
+/* Skip, by a non-zero return, every ioctl of /dev/kvm but one. */
+static int on_ioctl(struct kretprobe_instance *ri, struct pt_regs *regs)
+{
+	return regs_get_kernel_argument(regs, 1) != KVM_CREATE_VM;
+}
+
+/* The VM is in vm_list now. */
+static int on_created(struct kretprobe_instance *ri, struct pt_regs *regs)
+{
+	if ((long)regs_return_value(regs) >= 0)
+		irq_work_queue(&kick);
+	return 0;
+}
+
+/*
+ * A VM that is created while all instances are in use is not announced at
+ * once but by the next walk.
+ */
+static struct kretprobe create_probe = {
+	.kp.symbol_name = "kvm_dev_ioctl",
+	.entry_handler = on_ioctl,
+	.handler = on_created,
+	.maxactive = 64,
+};
+
+bool kvmaccess_vm_has_events(void)
+{
+	return has_create_probe;
+}
+
+/* Changes whenever a VM comes or goes; never 0. */
+u32 kvmaccess_vm_generation(void)
+{
+	return READ_ONCE(generation) ?: 1;
+}
+
+/*
+ * Find a VM and hold it. To be released by kvmaccess_vm_put(), soon: while it
+ * is held its destruction waits.
+ */
+struct kvmaccess_vm *kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack)
+{
+	struct kvmaccess_vm *vm, *found = NULL;
+
+	mutex_lock(&vms_mutex);
+	if (!stopped) {
+		list_for_each_entry(vm, &vms, list) {
+			if (vm->id != id)
+				continue;
+			if (!READ_ONCE(vm->gone) && hold(vm))
+				found = vm;
+			break;
+		}
+	}
+	mutex_unlock(&vms_mutex);
+
+	if (!found) {
+		NL_SET_ERR_MSG(extack, "no VM has this id, or not any more");
+		return ERR_PTR(-ENOENT);
+	}
+	return found;
+}
+
+/* The VM with the lowest id above @after, held; NULL behind the last. */
+struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after)
+{
+	struct kvmaccess_vm *vm, *found = NULL;
+
+	mutex_lock(&vms_mutex);
+	if (!stopped) {
+		/* A VM whose announcement has not been worked off yet. */
+		if (!after)
+			walk();
+		list_for_each_entry(vm, &vms, list) {
+			if (vm->id > after && !READ_ONCE(vm->gone) && hold(vm)) {
+				found = vm;
+				break;
+			}
+		}
+	}
+	mutex_unlock(&vms_mutex);
+	return found;
+}
+
+void kvmaccess_vm_put(struct kvmaccess_vm *vm)
+{
+	kvm_put_kvm(vm->kvm);
+	free_entry(vm);
+}
+
+/* @vm is held. */
+void kvmaccess_vm_info(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info)
+{
+	struct kvm_memslot_iter iter;
+	struct kvm *kvm = vm->kvm;
+	struct kvm_memslots *slots;
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+	int as, idx;
+
+	memset(info, 0, sizeof(*info));
+
+	if (!READ_ONCE(vm->pid))
+		find_pid(vm);
+
+	kvm_for_each_vcpu(i, vcpu, kvm) {
+		info->vcpus++;
+		if (vcpu->arch.guest_state_protected)
+			info->flags |= KVMACCESS_VM_F_PROTECTED;
+	}
+
+	idx = srcu_read_lock(&kvm->srcu);
+	for (as = 0; as < KVM_ADDRESS_SPACE_NUM; as++) {
+		slots = __kvm_memslots(kvm, as);
+		kvm_for_each_memslot_in_gfn_range(&iter, slots, 0, ~0ULL) {
+			info->memslots++;
+			if (!as)
+				info->memory += (u64)iter.slot->npages << PAGE_SHIFT;
+		}
+	}
+	srcu_read_unlock(&kvm->srcu, idx);
+}
+
+/* Announce VMs from now on. */
+void kvmaccess_vm_start(void)
+{
+	mutex_lock(&vms_mutex);
+	announcing = true;
+	walk();
+	mutex_unlock(&vms_mutex);
+}
+
+/* No VM is found from now on, none is held when this returns but by requests. */
+void kvmaccess_vm_stop(void)
+{
+	mutex_lock(&vms_mutex);
+	stopped = true;
+	announcing = false;
+	mutex_unlock(&vms_mutex);
+
+	if (has_create_probe)
+		unregister_kretprobe(&create_probe);
+	unregister_kprobe(&destroy_probe);
+	irq_work_sync(&kick);
+	cancel_work_sync(&walk_work);
+}
+
+void kvmaccess_vm_exit(void)
+{
+	struct kvmaccess_vm *vm, *next;
+
+	list_for_each_entry_safe(vm, next, &vms, list)
+		kfree(vm);
+}
+
+int __init kvmaccess_vm_init(void)
+{
+	int err;
+
+	/* The probe comes first: no VM may go unseen once it is known. */
+	err = register_kprobe(&destroy_probe);
+	if (err) {
+		pr_err("kvm_arch_destroy_vm() cannot be probed: error %d\n", err);
+		return err;
+	}
+
+	err = register_kretprobe(&create_probe);
+	if (err)
+		kvmaccess_ksyms_miss("kvm_dev_ioctl");
+	else
+		has_create_probe = true;
+
+	mutex_lock(&vms_mutex);
+	walk();
+	mutex_unlock(&vms_mutex);
+	return 0;
+}

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef _KVMACCESS_VM_H
+#define _KVMACCESS_VM_H
+
+#include <linux/kvm_host.h>
+#include <linux/list.h>
+#include <linux/refcount.h>
+
+#include "account.h"
+
+struct netlink_ext_ack;
+
+/*
+ * One VM that this module has seen. The entry outlives the VM for as long as
+ * somebody uses it; @kvm is only an address unless kvmaccess_vm_get() has
+ * given a reference.
+ */
+struct kvmaccess_vm {
+	struct hlist_node hash;
+	struct list_head list;
+	struct rcu_head rcu;
+	refcount_t refs;
+	bool gone;
+	bool fresh;
+	pid_t pid;
+	u64 id;
+	u64 seen;
+	u64 walk;
+	struct kvm *kvm;
+	struct kvmaccess_account account;
+};
+
+/* What VM_GET and the events say of a VM. */
+struct kvmaccess_vm_info {
+	u32 vcpus;
+	u32 memslots;
+	u64 memory;
+	u32 flags;
+};
+
+int __init kvmaccess_vm_init(void);
+void kvmaccess_vm_start(void);
+void kvmaccess_vm_stop(void);
+void kvmaccess_vm_exit(void);
+
+bool kvmaccess_vm_has_events(void);
+struct kvmaccess_vm * __must_check
+kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack);
+struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after);
+void kvmaccess_vm_put(struct kvmaccess_vm *vm);
+u32 kvmaccess_vm_generation(void);
+void kvmaccess_vm_info(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info);
+
+#endif /* _KVMACCESS_VM_H */
