@@ -428,6 +428,16 @@ static int memslot_start(struct netlink_callback *cb)
 }
 
 /* A memslot that changes while they are dumped interrupts the dump. */
+static u32 memslot_generation(struct kvm *kvm)
+{
+	u32 generation = 0;
+	int as_id;
+
+	for (as_id = 0; as_id < KVM_ADDRESS_SPACE_NUM; as_id++)
+		generation += (u32)__kvm_memslots(kvm, as_id)->generation;
+	return generation ?: 1;
+}
+
 static int memslot_dump_as(struct sk_buff *skb, struct netlink_callback *cb,
 			   struct kvmaccess_vm *vm)
 {
@@ -437,7 +447,6 @@ static int memslot_dump_as(struct sk_buff *skb, struct netlink_callback *cb,
 	u64 start;
 	void *head;
 
-	cb->seq = (u32)slots->generation | 1;
 	kvm_for_each_memslot_in_gfn_range(&iter, slots, cursor->gfn, ~0ULL) {
 		/* The one that the cursor stands in has been dumped. */
 		if (iter.slot->base_gfn < cursor->gfn)
@@ -470,6 +479,7 @@ static int memslot_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 		return PTR_ERR(vm);
 
 	idx = srcu_read_lock(&vm->kvm->srcu);
+	cb->seq = memslot_generation(vm->kvm);
 	while (cursor->as_id < KVM_ADDRESS_SPACE_NUM) {
 		err = memslot_dump_as(skb, cb, vm);
 		if (err)
