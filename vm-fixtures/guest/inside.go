@@ -53,13 +53,33 @@ func (g *Guest) Spin(ctx context.Context, n int) error {
 	return err
 }
 
-// Change is one thing that an attack did.
+// Change is one thing that an attack changed.
 type Change struct {
-	Object string // "sys_call_table", "idt", "gdt", "msr", "cr0", "cr4"
-	Entry  string // index, or the register's name
-	CPU    int    // -1: the same on all
-	Old    []uint64
-	New    []uint64
+	Object string `json:"object"` // "sys_call_table", "idt", "gdt", "lstar", "cr0", "cr4"
+	CPU    int    `json:"cpu"`    // -1: the same on all
+	Entry  int    `json:"entry"`  // -1: none
+	Old    uint64 `json:"-"`      // a handler's address, a register, the first 8 bytes of a descriptor
+	New    uint64 `json:"-"`
+}
+
+// parseChange reads what an attack says; ok is false for any other line.
+func parseChange(line string) (c Change, ok bool, err error) {
+	_, text, ok := strings.Cut(line, "attack: ")
+	if !ok {
+		return c, false, nil
+	}
+	said := struct {
+		*Change
+		Old, New string
+	}{Change: &c}
+	if err := json.Unmarshal([]byte(text), &said); err != nil {
+		return c, true, err
+	}
+	if c.Old, err = strconv.ParseUint(said.Old, 0, 64); err != nil {
+		return c, true, err
+	}
+	c.New, err = strconv.ParseUint(said.New, 0, 64)
+	return c, true, err
 }
 
 // Attack loads an attack module, with parameters as insmod takes them, and
@@ -71,33 +91,13 @@ func (g *Guest) Attack(ctx context.Context, name, params string) ([]Change, erro
 	}
 	var changes []Change
 	for _, line := range p.Log {
-		_, text, ok := strings.Cut(line, "attack: ")
-		if !ok {
-			continue
-		}
-		var c struct {
-			Object   string
-			Entry    string
-			CPU      int
-			Old, New []string
-		}
-		if err := json.Unmarshal([]byte(text), &c); err != nil {
+		c, ok, err := parseChange(line)
+		if err != nil {
 			return nil, fmt.Errorf("guest %s: %s says %q: %w", g.Name, name, line, err)
 		}
-		change := Change{Object: c.Object, Entry: c.Entry, CPU: c.CPU}
-		for _, v := range []struct {
-			from []string
-			to   *[]uint64
-		}{{c.Old, &change.Old}, {c.New, &change.New}} {
-			for _, s := range v.from {
-				u, err := strconv.ParseUint(s, 0, 64)
-				if err != nil {
-					return nil, fmt.Errorf("guest %s: %s says %q: %w", g.Name, name, line, err)
-				}
-				*v.to = append(*v.to, u)
-			}
+		if ok {
+			changes = append(changes, c)
 		}
-		changes = append(changes, change)
 	}
 	if len(changes) == 0 {
 		return nil, fmt.Errorf("guest %s: %s loaded, but says nothing: %q", g.Name, name, p.Log)

@@ -5,7 +5,6 @@
 package tests
 
 import (
-	"bytes"
 	"context"
 	"testing"
 	"time"
@@ -17,35 +16,36 @@ func TestGuest(t *testing.T) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	start := time.Now()
-	g, err := guest.Start(ctx, guest.Config{Name: "web1", UUID: "6b1d1e0e-6d1e-4f5e-8a0e-000000000001", CPUs: 2})
+	g, err := guest.Start(ctx, guest.Config{Name: "web1", CPUs: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("up after %v", time.Since(start))
 	if err := g.LoadProbe(ctx); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("probe after %v", time.Since(start))
-	cpus, err := g.CPUs(ctx)
-	if err != nil {
-		t.Fatal(err)
+	t.Logf("up after %v", time.Since(start))
+	for _, a := range []string{"syscall_redirect", "idt_redirect", "gdt_callgate", "lstar_redirect", "cr0_wp", "cr4_protection"} {
+		c, err := g.Attack(ctx, a, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range c {
+			t.Logf("%s: %s cpu %d entry %d %#x -> %#x", a, c.Object, c.CPU, c.Entry, c.Old, c.New)
+		}
+		time.Sleep(time.Second)
+		if _, err := g.Exec(ctx, "/bin/busybox", "ls", "/"); err != nil {
+			t.Fatal(err)
+		}
+		cpus, err := g.CPUs(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("cr0 %#x cr4 %#x lstar %#x", cpus[1].CR0, cpus[1].CR4, cpus[1].LSTAR)
+		if err := g.EndAttack(ctx, a); err != nil {
+			t.Fatal(err)
+		}
 	}
-	t.Logf("%+v", cpus)
-	syms, err := g.Symbols(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%d bytes of symbols, %d lines after %v", len(syms), bytes.Count(syms, []byte("\n")), time.Since(start))
-	pages, err := g.Pages(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("%+v", pages)
-	text, err := g.Monitor(ctx, "info registers")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Log(text)
+	t.Log(g.Console())
 	if err := g.Stop(ctx); err != nil {
 		t.Fatal(err)
 	}

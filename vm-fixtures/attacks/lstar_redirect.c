@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Points every CPU's system call entry (MSR LSTAR) at code of this module
+ * that goes on to the original. With page-table isolation that code is not
+ * mapped at a system call: not for pti=on.
+ */
+#include "attack.h"
+#include <linux/smp.h>
+#include <asm/msr.h>
+#include <asm/nospec-branch.h>
+
+void lstar_redirected(void);
+unsigned long lstar_original;
+
+asm(".pushsection .text\n"
+    "lstar_redirected:\n\t"
+    ANNOTATE_RETPOLINE_SAFE
+    "jmp *lstar_original(%rip)\n"
+    ".popsection");
+
+static void redirect(void *unused)
+{
+	wrmsrl(MSR_LSTAR, (unsigned long)lstar_redirected);
+}
+
+static void restore(void *unused)
+{
+	wrmsrl(MSR_LSTAR, lstar_original);
+}
+
+static int __init lstar_redirect_init(void)
+{
+	int cpu;
+
+	rdmsrl(MSR_LSTAR, lstar_original);
+	on_each_cpu(redirect, NULL, true);
+	for_each_online_cpu(cpu) {
+		u64 now;
+
+		rdmsrl_on_cpu(cpu, MSR_LSTAR, &now);
+		report("lstar", cpu, -1, lstar_original, now);
+	}
+	return 0;
+}
+
+static void __exit lstar_redirect_exit(void)
+{
+	on_each_cpu(restore, NULL, true);
+}
+
+module_init(lstar_redirect_init);
+module_exit(lstar_redirect_exit);
+MODULE_DESCRIPTION("Attack: system call entry redirected");
+MODULE_LICENSE("GPL v2");
