@@ -78,18 +78,33 @@ func checkout() (string, error) {
 	}
 }
 
+// moduleSources are those of kvmaccess.ko in the checkout.
+func moduleSources() (kbuild.Sources, error) {
+	top, err := checkout()
+	return kbuild.Sources{Dir: top, Entries: []string{"Kbuild", "kmod"}}, err
+}
+
 // BuildModule builds kvmaccess.ko of the checkout for the root's kernel and
 // returns its path.
 func BuildModule(ctx context.Context, root *cache.Root, log *slog.Logger) (string, error) {
-	top, err := checkout()
+	src, err := moduleSources()
 	if err != nil {
 		return "", err
 	}
-	dir, err := kbuild.Build(ctx, root, kbuild.Sources{Dir: top, Entries: []string{"Kbuild", "kmod"}}, log)
+	dir, err := kbuild.Build(ctx, root, src, log)
 	if err != nil {
 		return "", err
 	}
 	return filepath.Join(dir, ModuleFile), nil
+}
+
+// CheckModule runs sparse over the sources of kvmaccess.ko in the checkout.
+func CheckModule(ctx context.Context, root *cache.Root) error {
+	src, err := moduleSources()
+	if err != nil {
+		return err
+	}
+	return kbuild.Check(ctx, root, src)
 }
 
 // stage fills dir with all that a host is given.
@@ -126,7 +141,7 @@ func stage(ctx context.Context, dir string, root *cache.Root, c Config) error {
 		files[f.To] = f.From
 	}
 	for to, from := range files {
-		if err := copyFile(filepath.Join(dir, to), from); err != nil {
+		if err := CopyFile(filepath.Join(dir, to), from); err != nil {
 			return err
 		}
 	}
@@ -170,7 +185,8 @@ func initramfs(name, base, as, init string, records []cpio.Record) error {
 	return os.WriteFile(name, append(first, own...), 0o644)
 }
 
-func copyFile(to, from string) error {
+// CopyFile copies a file with its mode; directories are made as needed.
+func CopyFile(to, from string) error {
 	if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
 		return err
 	}

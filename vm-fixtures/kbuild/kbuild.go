@@ -64,6 +64,55 @@ func (s Sources) files() ([]string, error) {
 	return files, nil
 }
 
+// copyTo copies the files, which lie below Dir, to the same places below to.
+func (s Sources) copyTo(to string, files []string) error {
+	for _, f := range files {
+		content, err := os.ReadFile(filepath.Join(s.Dir, f))
+		if err != nil {
+			return err
+		}
+		name := filepath.Join(to, f)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, content, 0o644)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Check runs sparse, which must be installed here, over the sources; what it
+// says is an error.
+func Check(ctx context.Context, root *cache.Root, src Sources) error {
+	sparse, err := exec.LookPath("sparse")
+	if err != nil {
+		return err
+	}
+	files, err := src.files()
+	if err != nil {
+		return err
+	}
+	tree, err := root.Tree(ctx)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "kvmaccess-check-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if err := src.copyTo(dir, files); err != nil {
+		return err
+	}
+	// The root has no sparse, but it runs there.
+	program, err := os.ReadFile(sparse)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "sparse"), program, 0o755); err != nil {
+		return err
+	}
+	return compile(ctx, tree, dir, root.Kernel, "C=2", "CHECK=/mnt/sparse", "CF=-Wsparse-error")
+}
+
 // Build builds the sources in root and returns the directory that holds the
 // modules (*.ko). Any warning of the compiler is an error.
 func Build(ctx context.Context, root *cache.Root, src Sources, log *slog.Logger) (string, error) {
@@ -105,18 +154,11 @@ func Build(ctx context.Context, root *cache.Root, src Sources, log *slog.Logger)
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return "", err
 	}
-	for _, f := range files {
-		to := filepath.Join(tmp, f)
-		content, err := os.ReadFile(filepath.Join(src.Dir, f))
-		if err != nil {
-			return "", err
-		}
-		if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, content, 0o644)); err != nil {
-			return "", err
-		}
+	if err := src.copyTo(tmp, files); err != nil {
+		return "", err
 	}
 	log.Info("building modules", "sources", filepath.Base(src.Dir), "kernel", root.Kernel)
-	if err := compile(ctx, tree, tmp, root.Kernel); err != nil {
+	if err := compile(ctx, tree, tmp, root.Kernel, "W=1", "KCFLAGS=-Werror"); err != nil {
 		return "", fmt.Errorf("modules of %s: %w", src.Dir, err)
 	}
 	if err := writeStamp(tmp); err != nil {
@@ -139,19 +181,21 @@ set -e
 mount --bind "$2" "$1/mnt"
 mount --rbind /dev "$1/dev"
 mount -t tmpfs tmpfs "$1/tmp"
-exec chroot "$1" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C \
-	make -C "/lib/modules/$3/build" M=/mnt W=1 KCFLAGS=-Werror modules
+root=$1 kernel=$3
+shift 3
+exec chroot "$root" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C \
+	make -C "/lib/modules/$kernel/build" M=/mnt "$@" modules
 `
 
-func compile(ctx context.Context, tree, dir, kernel string) error {
+func compile(ctx context.Context, tree, dir, kernel string, variables ...string) error {
 	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, "unshare", "--mount", "--propagation", "private",
-		"sh", "-c", script, "sh", tree, dir, kernel)
+	args := append([]string{"--mount", "--propagation", "private", "sh", "-c", script, "sh", tree, dir, kernel}, variables...)
+	cmd := exec.CommandContext(ctx, "unshare", args...)
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err := cmd.Run()
-	// modpost has no -Werror.
-	if err == nil && strings.Contains(out.String(), "WARNING:") {
-		err = errors.New("built with warnings")
+	// modpost has no -Werror, and make goes on after sparse.
+	if text := out.String(); err == nil && (strings.Contains(text, "WARNING:") || strings.Contains(text, "warning:")) {
+		err = errors.New("there are warnings")
 	}
 	if err != nil {
 		return fmt.Errorf("%w:\n%s", err, strings.TrimSpace(out.String()))

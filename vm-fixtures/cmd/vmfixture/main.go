@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -54,7 +55,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(runCommand(), rootCommand())
+	cmd.AddCommand(runCommand(), hereCommand(), rootCommand(), moduleCommand(), checkCommand())
 	return cmd
 }
 
@@ -69,88 +70,134 @@ func logger() *slog.Logger {
 	}))
 }
 
-func rootCommand() *cobra.Command {
+// withRoot is a command that does something with the cached root of a suite.
+func withRoot(cmd *cobra.Command, do func(context.Context, *cache.Root) error) *cobra.Command {
 	var suite string
-	cmd := &cobra.Command{
-		Use:   "root",
-		Short: "Make and verify the cached root of a suite",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			s, err := cache.SuiteNamed(suite)
-			if err != nil {
-				return err
-			}
-			r, err := cache.Open(cmd.Context(), s, logger())
-			if err != nil {
-				return err
-			}
-			fmt.Println(r.Kernel)
-			return r.Close()
-		},
+	cmd.Args = cobra.NoArgs
+	cmd.Flags().StringVar(&suite, "suite", defaultSuite, "Debian suite of the host")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		s, err := cache.SuiteNamed(suite)
+		if err != nil {
+			return err
+		}
+		r, err := cache.Open(cmd.Context(), s, logger())
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		return do(cmd.Context(), r)
 	}
-	cmd.Flags().StringVar(&suite, "suite", "bookworm", "Debian suite of the host")
 	return cmd
 }
 
-func runCommand() *cobra.Command {
-	c := host.Config{Stdout: os.Stdout, Stderr: os.Stderr, Log: logger()}
+const defaultSuite = "bookworm"
+
+func rootCommand() *cobra.Command {
+	return withRoot(&cobra.Command{
+		Use:   "root",
+		Short: "Make or verify the cached root of a suite, and print its kernel's release",
+	}, func(_ context.Context, r *cache.Root) error {
+		fmt.Println(r.Kernel)
+		return nil
+	})
+}
+
+func moduleCommand() *cobra.Command {
+	var out string
+	cmd := withRoot(&cobra.Command{
+		Use:   "module",
+		Short: "Build kvmaccess.ko for the kernel of a suite",
+	}, func(ctx context.Context, r *cache.Root) error {
+		module, err := host.BuildModule(ctx, r, logger())
+		if err != nil {
+			return err
+		}
+		to := filepath.Join(out, r.Kernel, host.ModuleFile)
+		fmt.Println(to)
+		return host.CopyFile(to, module)
+	})
+	cmd.Flags().StringVar(&out, "out", "bin", "directory that gets KERNEL/kvmaccess.ko")
+	return cmd
+}
+
+func checkCommand() *cobra.Command {
+	return withRoot(&cobra.Command{
+		Use:   "check",
+		Short: "Run sparse over the sources of kvmaccess.ko",
+	}, host.CheckModule)
+}
+
+// runFlags are what run and here have in common.
+func runFlags(cmd *cobra.Command, run func(context.Context, host.Config) (int, error)) (*cobra.Command, *host.Config) {
+	c := &host.Config{Stdout: os.Stdout, Stderr: os.Stderr, Log: logger()}
 	var files []string
-	cmd := &cobra.Command{
+	cmd.Args = cobra.MinimumNArgs(1)
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		c.Args = args
+		takeAlong(c, files)
+		code, err := run(cmd.Context(), *c)
+		if err != nil {
+			return err
+		}
+		if code != 0 {
+			return exitError(code)
+		}
+		return nil
+	}
+	f := cmd.Flags()
+	f.StringVar(&c.Suite, "suite", defaultSuite, "Debian suite of host and guests")
+	f.StringVar(&c.Module, "module", "", "kvmaccess.ko to take along (default: built from this checkout)")
+	f.StringArrayVar(&files, "file", nil, "file to take along, `FROM[:TO]`; TO is relative to the payload (default bin/BASENAME)")
+	f.StringArrayVar(&c.Env, "env", nil, "environment of the command, `NAME=VALUE`")
+	f.StringVar(&c.Out, "out", "", "directory for the files that the command leaves")
+	f.DurationVar(&c.Timeout, "timeout", 10*time.Minute, "limit on all of it")
+	return cmd, c
+}
+
+func runCommand() *cobra.Command {
+	cmd, c := runFlags(&cobra.Command{
 		Use:   "run [flags] -- COMMAND [ARGUMENT]...",
 		Short: "Boot a host, run a command in it, and exit as it did",
 		Long: `Boot a host, run a command in it, and exit as it did.
 
 A command that is a file here is taken along. So are kvmaccess.ko, and the
 kernel, initramfs and attacks of guests; $` + host.Env + ` names their directory to
-the command, $` + host.OutEnv + ` the one whose files come back.`,
-		Args: cobra.MinimumNArgs(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c.Args = args
-			if err := takeAlong(&c, files); err != nil {
-				return err
-			}
-			code, err := host.Run(cmd.Context(), c)
-			if err != nil {
-				return err
-			}
-			if code != 0 {
-				return exitError(code)
-			}
-			return nil
-		},
-	}
+the command, $` + host.OutEnv + ` the one whose files come back.
+
+The command's files, exit code and output come out of the host; an alarming
+word on the host's console, or no closing record, is an error (exit code 125).`,
+	}, host.Run)
 	f := cmd.Flags()
-	f.StringVar(&c.Suite, "suite", "bookworm", "Debian suite of the host")
 	f.BoolVar(&c.Icount, "icount", false, "clock of the host counts instructions, 1 ns each; one CPU")
 	f.IntVar(&c.CPUs, "smp", 2, "CPUs of the host")
 	f.IntVar(&c.Memory, "memory", 2560, "memory of the host in MiB")
 	f.StringVar(&c.CPU, "cpu", host.DefaultCPU, "QEMU's CPU model and features")
 	f.StringVar(&c.Append, "append", "", "more for the kernel's command line")
-	f.StringVar(&c.Module, "module", "", "kvmaccess.ko to take along (default: built from this checkout)")
-	f.StringArrayVar(&files, "file", nil, "file to take along, `FROM[:TO]`; TO is relative to the payload (default bin/BASENAME)")
-	f.StringArrayVar(&c.Env, "env", nil, "environment of the command, `NAME=VALUE`")
-	f.StringVar(&c.Out, "out", "", "directory for the files that the command leaves")
-	f.DurationVar(&c.Timeout, "timeout", 10*time.Minute, "limit on all of it")
+	return cmd
+}
+
+func hereCommand() *cobra.Command {
+	cmd, _ := runFlags(&cobra.Command{
+		Use:   "here [flags] -- COMMAND [ARGUMENT]...",
+		Short: "Run a command as 'run' does, but on this machine itself",
+	}, host.Here)
 	return cmd
 }
 
 // takeAlong adds the files named on the command line, and the command itself
 // where it is one here.
-func takeAlong(c *host.Config, files []string) error {
+func takeAlong(c *host.Config, files []string) {
 	for _, f := range files {
 		from, to, ok := strings.Cut(f, ":")
 		if !ok {
-			to = "bin/" + base(from)
+			to = "bin/" + filepath.Base(from)
 		}
 		c.Files = append(c.Files, host.File{From: from, To: to})
 	}
 	if name := c.Args[0]; strings.Contains(name, "/") {
 		if info, err := os.Stat(name); err == nil && info.Mode().IsRegular() {
-			c.Files = append(c.Files, host.File{From: name, To: "bin/" + base(name)})
-			c.Args = append([]string{base(name)}, c.Args[1:]...)
+			c.Files = append(c.Files, host.File{From: name, To: "bin/" + filepath.Base(name)})
+			c.Args = append([]string{filepath.Base(name)}, c.Args[1:]...)
 		}
 	}
-	return nil
 }
-
-func base(name string) string { return name[strings.LastIndex(name, "/")+1:] }

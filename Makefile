@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+# "make help" says what there is.
+
+export CGO_ENABLED := 0
+
+SUITE   ?= bookworm
+KERNEL  ?= $(shell uname -r)
+KDIR    ?= /lib/modules/$(KERNEL)/build
+PREFIX  ?= /usr/local
+DESTDIR ?=
+
+BIN      := bin
+PROGRAMS := kvmaccess kvmaccessd
+FIXTURE  := $(BIN)/vmfixture
+MODULE   := $(BIN)/$(KERNEL)/kvmaccess.ko
+
+# Debian packages that the emulated hosts need here, by a file of each.
+PACKAGES := qemu-system-x86:/usr/bin/qemu-system-x86_64 mmdebstrap:/usr/bin/mmdebstrap \
+	    squashfs-tools:/usr/bin/mksquashfs \
+	    debian-archive-keyring:/usr/share/keyrings/debian-archive-keyring.gpg \
+	    ca-certificates:/etc/ssl/certs/ca-certificates.crt
+
+ifeq ($(HOST),here)
+ON_HOST := $(FIXTURE) here --suite $(SUITE) --module $(abspath $(MODULE))
+HOST_DEPS := kmod
+else ifeq ($(HOST),)
+ON_HOST := $(FIXTURE) run --suite $(SUITE)
+HOST_DEPS :=
+else
+$(error HOST=$(HOST): either HOST=here, or none for an emulated host)
+endif
+WITH_PROGRAMS := $(foreach p,$(PROGRAMS),--file $(abspath $(BIN)/$(p)))
+
+.PHONY: all
+all: build kmod ## build the programs, and the module for the running kernel
+
+.PHONY: help
+help: ## say what there is
+	@echo 'make TARGET [VARIABLE=value]...'
+	@echo
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while IFS="$$(printf '\t')" read -r target text; do printf '  %-14s %s\n' "$$target" "$$text"; done
+	@echo
+	@echo 'HOST=here       test, demo: on this machine; it must load modules and have working KVM'
+	@echo 'QUICK=1         bench: a few minutes instead of forty'
+	@echo 'KERNEL, KDIR    kmod, install: for that kernel ($(KERNEL)), by that build directory'
+	@echo 'PREFIX, DESTDIR install: below $$DESTDIR/$(PREFIX)'
+	@echo
+	@echo 'Fixtures are cached in $${XDG_CACHE_HOME:-~/.cache}/kvmaccess.'
+
+.PHONY: deps
+deps: ## install the Debian packages that emulated hosts need here, if any is missing
+	@missing=; for p in $(PACKAGES); do [ -e "$${p#*:}" ] || missing="$$missing $${p%%:*}"; done; \
+	[ -n "$$missing" ] || exit 0; \
+	if [ "$$(id -u)" != 0 ]; then echo "deps: run as root, or install:$$missing" >&2; exit 1; fi; \
+	echo "deps: installing$$missing"; \
+	apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends $$missing
+
+.PHONY: build
+build: ## build the programs, static, into bin/
+	go build -trimpath -o $(BIN)/ $(foreach p,$(PROGRAMS),./userspace/cmd/$(p))
+
+.PHONY: fixture
+fixture: deps
+	@go build -trimpath -o $(BIN)/ ./vm-fixtures/cmd/...
+
+.PHONY: kmod
+kmod: ## build the module for the running kernel into bin/
+	@[ -e $(KDIR)/Makefile ] || { \
+		echo "kmod: no headers of kernel $(KERNEL) in $(KDIR): install linux-headers-$(KERNEL)" >&2; exit 1; }
+	@mkdir -p $(dir $(MODULE))src
+	@cp -a -u Kbuild kmod $(dir $(MODULE))src/
+	$(MAKE) -C $(KDIR) M=$(abspath $(dir $(MODULE))src) modules
+	@cp $(dir $(MODULE))src/kvmaccess.ko $(MODULE)
+
+.PHONY: kmod-fixture
+kmod-fixture: fixture ## build the module for the emulated host's kernel into bin/
+	$(FIXTURE) module --suite $(SUITE) --out $(BIN)
+
+.PHONY: test
+test: build fixture $(HOST_DEPS) ## test everything, the kernel's part in an emulated host
+	@echo '== format and vet'
+	@unformatted=$$(gofmt -l bench userspace vm-fixtures); \
+		[ -z "$$unformatted" ] || { echo "gofmt wants: $$unformatted" >&2; exit 1; }
+	go vet ./...
+	go vet -tags kvmhost ./...
+	@echo '== unit tests'
+	go test ./...
+	@echo '== module'
+	$(FIXTURE) module --suite $(SUITE) --out $(BIN)
+	@echo '== tests on a KVM host'
+	go test -v -count=1 -timeout 40m -tags kvmhost \
+		-exec '$(abspath $(firstword $(ON_HOST))) $(wordlist 2,99,$(ON_HOST)) $(WITH_PROGRAMS) --timeout 40m --' ./vm-fixtures/tests
+
+.PHONY: demo
+demo: build fixture $(HOST_DEPS) ## show the whole chain on running guests; leaves results/demo
+	$(ON_HOST) $(WITH_PROGRAMS) --out results/demo --timeout 15m -- $(BIN)/demo
+
+.PHONY: bench
+bench: build fixture ## measure what monitoring costs; leaves results/overhead
+	go run ./bench/cmd/bench $(if $(QUICK),-quick)
+
+.PHONY: install
+install: ## install what "make" built: module, programs, completions, service
+	@for f in $(MODULE) $(addprefix $(BIN)/,$(PROGRAMS)); do \
+		[ -e $$f ] || { echo "install: $$f is not built: run 'make' first" >&2; exit 1; }; done
+	install -D -m 644 $(MODULE) $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko
+	$(if $(DESTDIR),,depmod $(KERNEL))
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(BIN)/,$(PROGRAMS))
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system userspace/cmd/kvmaccessd/kvmaccessd.service
+	@mkdir -p $(addprefix $(DESTDIR)$(PREFIX)/share/,bash-completion/completions zsh/site-functions fish/vendor_completions.d)
+	$(BIN)/kvmaccess completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kvmaccess
+	$(BIN)/kvmaccess completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kvmaccess
+	$(BIN)/kvmaccess completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kvmaccess.fish
+	$(if $(DESTDIR),,! [ -d /run/systemd/system ] || systemctl daemon-reload)
+
+.PHONY: uninstall
+uninstall: ## stop the service, unload the module, remove what "make install" installed
+	$(if $(DESTDIR),,! [ -d /run/systemd/system ] || systemctl disable --now kvmaccessd)
+	$(if $(DESTDIR),,! grep -q '^kvmaccess ' /proc/modules || rmmod kvmaccess)
+	rm -f $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko
+	$(if $(DESTDIR),,depmod $(KERNEL))
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(PROGRAMS)) \
+		$(DESTDIR)$(PREFIX)/lib/systemd/system/kvmaccessd.service \
+		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/kvmaccess \
+		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kvmaccess \
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kvmaccess.fish
+	$(if $(DESTDIR),,! [ -d /run/systemd/system ] || systemctl daemon-reload)
+
+.PHONY: check
+check: fixture ## run sparse over the module's sources (installs it)
+	@command -v sparse >/dev/null || apt-get -q -y install --no-install-recommends sparse
+	$(FIXTURE) check --suite $(SUITE)
+
+.PHONY: style
+style: ## run checkpatch over the module's sources (installs the kernel's source)
+	vm-fixtures/style.sh
+
+.PHONY: clean
+clean: ## remove what was built; the cache stays
+	rm -rf $(BIN)
