@@ -8,16 +8,14 @@ struct kvmaccess_ksyms kvmaccess_ksyms;
 static const char *missing[KVMACCESS_KSYMS_MISSING_MAX];
 static DEFINE_SPINLOCK(missing_lock);
 
-typedef unsigned long (*lookup_fn)(const char *name);
-
 /*
  * kallsyms_lookup_name() is not exported; a kprobe on it, never armed for
  * longer than it takes to read its address, says where it is.
  */
-static lookup_fn __init find_lookup(void)
+static const void * __init find_lookup(void)
 {
 	struct kprobe probe = { .symbol_name = "kallsyms_lookup_name" };
-	lookup_fn lookup;
+	const void *lookup;
 	int err;
 
 	err = register_kprobe(&probe);
@@ -25,18 +23,18 @@ static lookup_fn __init find_lookup(void)
 		pr_err("kallsyms_lookup_name() cannot be probed: error %d\n", err);
 		return NULL;
 	}
-	lookup = (lookup_fn)probe.addr;
+	lookup = probe.addr;
 	unregister_kprobe(&probe);
 	return lookup;
 }
 
-static void * __init find(lookup_fn lookup, const char *name)
+static unsigned long __init find(const void *lookup, const char *name)
 {
-	unsigned long addr = lookup(name);
+	unsigned long addr = kvmaccess_ksyms_call(lookup, name);
 
 	if (!addr)
 		kvmaccess_ksyms_miss(name);
-	return (void *)addr;
+	return addr;
 }
 
 /* Record what this host lacks, once; @what must live as long as the module. */
@@ -67,16 +65,16 @@ const char *kvmaccess_ksyms_missing(unsigned int i)
 int __init kvmaccess_ksyms_init(void)
 {
 	struct kvmaccess_ksyms *k = &kvmaccess_ksyms;
-	lookup_fn lookup = find_lookup();
+	const void *lookup = find_lookup();
 
 	if (!lookup)
 		return -EOPNOTSUPP;
 
-	k->lock = find(lookup, "kvm:kvm_lock");
-	k->vms = find(lookup, "kvm:vm_list");
-	k->ops = find(lookup, "kvm:kvm_x86_ops");
-	k->running = (void __percpu *)find(lookup, "kvm:kvm_running_vcpu");
-	k->get_cr8 = find(lookup, "kvm:kvm_get_cr8");
+	k->lock = (typeof(k->lock))find(lookup, "kvm:kvm_lock");
+	k->vms = (typeof(k->vms))find(lookup, "kvm:vm_list");
+	k->ops = (typeof(k->ops))find(lookup, "kvm:kvm_x86_ops");
+	k->running = (__force typeof(k->running))find(lookup, "kvm:kvm_running_vcpu");
+	k->get_cr8 = (typeof(k->get_cr8))find(lookup, "kvm:kvm_get_cr8");
 
 	return k->lock && k->vms ? 0 : -EOPNOTSUPP;
 }

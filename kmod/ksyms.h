@@ -18,12 +18,13 @@ struct kvmaccess_ksyms {
 	typeof(vm_list) *vms;
 	typeof(kvm_x86_ops) *ops;
 	struct kvm_vcpu * __percpu *running;
-	unsigned long (*get_cr8)(struct kvm_vcpu *vcpu);
+	const void *get_cr8;	/* by kvmaccess_ksyms_call() */
 };
 
 extern struct kvmaccess_ksyms kvmaccess_ksyms;
 
 int __init kvmaccess_ksyms_init(void);
+unsigned long kvmaccess_ksyms_call(const void *function, const void *argument);
 void kvmaccess_ksyms_miss(const char *what);
 const char *kvmaccess_ksyms_missing(unsigned int i);
 

@@ -36,7 +36,7 @@ static const struct nla_policy vm_policy[] = {
 
 static const struct nla_policy memslot_policy[] = {
 	[KVMACCESS_A_MEMSLOT_VM_ID]	= { .type = NLA_U64 },
-	[KVMACCESS_A_MEMSLOT_AS_ID]	= NLA_POLICY_MAX(NLA_U32, KVM_ADDRESS_SPACE_NUM - 1),
+	[KVMACCESS_A_MEMSLOT_AS_ID]	= NLA_POLICY_MAX(NLA_U32, KVMACCESS_COMPAT_AS_MAX - 1),
 	[KVMACCESS_A_MEMSLOT_SLOT]	= NLA_POLICY_RANGE(NLA_U32, 0, KVM_MEM_SLOTS_NUM - 1),
 };
 
@@ -382,11 +382,13 @@ static int memslot_doit(struct sk_buff *request, struct genl_info *info)
 	skb = new_reply(info, REPLY_SIZE, &head);
 	if (skb) {
 		idx = srcu_read_lock(&vm->kvm->srcu);
-		slot = id_to_memslot(__kvm_memslots(vm->kvm, as_id), nla_get_u32(attr));
+		slot = as_id < kvmaccess_compat_as_num(vm->kvm) ?
+		       id_to_memslot(__kvm_memslots(vm->kvm, as_id), nla_get_u32(attr)) : NULL;
 		if (slot) {
 			err = memslot_fill(skb, vm, slot, as_id);
 		} else {
-			NL_SET_ERR_MSG_ATTR(info->extack, attr, "the VM has no memslot with this number");
+			NL_SET_ERR_MSG_ATTR(info->extack, attr,
+					    "the VM has no memslot with this number");
 			err = -ENXIO;
 		}
 		srcu_read_unlock(&vm->kvm->srcu, idx);
@@ -433,7 +435,7 @@ static u32 memslot_generation(struct kvm *kvm)
 	u32 generation = 0;
 	int as_id;
 
-	for (as_id = 0; as_id < KVM_ADDRESS_SPACE_NUM; as_id++)
+	for (as_id = 0; as_id < kvmaccess_compat_as_num(kvm); as_id++)
 		generation += (u32)__kvm_memslots(kvm, as_id)->generation;
 	return generation ?: 1;
 }
@@ -480,7 +482,7 @@ static int memslot_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 
 	idx = srcu_read_lock(&vm->kvm->srcu);
 	cb->seq = memslot_generation(vm->kvm);
-	while (cursor->as_id < KVM_ADDRESS_SPACE_NUM) {
+	while (cursor->as_id < kvmaccess_compat_as_num(vm->kvm)) {
 		err = memslot_dump_as(skb, cb, vm);
 		if (err)
 			break;
@@ -742,10 +744,6 @@ static int parse_range(const struct nlattr *attr, struct mem_range *range,
 	return 0;
 }
 
-#define for_each_range(attr, info, rem)					\
-	nlmsg_for_each_attr(attr, (info)->nlhdr, GENL_HDRLEN, rem)	\
-		if (nla_type(attr) == KVMACCESS_A_MEM_RANGE)
-
 /* Everything about the ranges that can be known without the guest's tables. */
 static int check_ranges(struct genl_info *info, unsigned int *count, u32 *bytes)
 {
@@ -756,7 +754,9 @@ static int check_ranges(struct genl_info *info, unsigned int *count, u32 *bytes)
 
 	*count = 0;
 	*bytes = 0;
-	for_each_range(attr, info, rem) {
+	nlmsg_for_each_attr(attr, info->nlhdr, GENL_HDRLEN, rem) {
+		if (nla_type(attr) != KVMACCESS_A_MEM_RANGE)
+			continue;
 		err = parse_range(attr, &range, extack);
 		if (err)
 			return err;
@@ -765,15 +765,18 @@ static int check_ranges(struct genl_info *info, unsigned int *count, u32 *bytes)
 			return -EINVAL;
 		}
 		if (range.address + range.length - 1 < range.address) {
-			NL_SET_ERR_MSG_ATTR(extack, attr, "a RANGE goes beyond the end of the address space");
+			NL_SET_ERR_MSG_ATTR(extack, attr,
+					    "a RANGE goes beyond the end of the address space");
 			return -EINVAL;
 		}
 		if (++*count > KVMACCESS_MAX_RANGES) {
-			NL_SET_ERR_MSG_ATTR(extack, attr, "more RANGEs than INFO's MAX_RANGES: split the request");
+			NL_SET_ERR_MSG_ATTR(extack, attr,
+					    "more RANGEs than INFO's MAX_RANGES: split the request");
 			return -E2BIG;
 		}
 		if (range.length > KVMACCESS_MAX_BYTES - *bytes) {
-			NL_SET_ERR_MSG_ATTR(extack, attr, "more bytes than INFO's MAX_BYTES: split the request");
+			NL_SET_ERR_MSG_ATTR(extack, attr,
+					    "more bytes than INFO's MAX_BYTES: split the request");
 			return -E2BIG;
 		}
 		*bytes += range.length;
@@ -825,7 +828,9 @@ static int mem_fill(struct kvmaccess_memory *memory, void *arg)
 	struct mem_range range;
 	int rem, err;
 
-	for_each_range(attr, job->info, rem) {
+	nlmsg_for_each_attr(attr, job->info->nlhdr, GENL_HDRLEN, rem) {
+		if (nla_type(attr) != KVMACCESS_A_MEM_RANGE)
+			continue;
 		err = parse_range(attr, &range, NULL);
 		if (!err)
 			err = mem_fill_range(memory, job, &range);
@@ -855,7 +860,8 @@ static int mem_virtual(struct kvmaccess_vm *vm, struct genl_info *info,
 		return -ENOMEM;
 	err = kvmaccess_vcpu_capture(vm, vcpu, state, extack);
 	if (!err && state->flags & KVMACCESS_VCPU_F_NESTED) {
-		NL_SET_ERR_MSG(extack, "the vCPU runs a nested guest, whose memory is not this VM's: try again");
+		NL_SET_ERR_MSG(extack,
+			       "the vCPU runs a nested guest, whose memory is not this VM's: try again");
 		err = -EAGAIN;
 	}
 	if (!err) {
@@ -868,12 +874,15 @@ static int mem_virtual(struct kvmaccess_vm *vm, struct genl_info *info,
 	if (err)
 		return err;
 
-	for_each_range(attr, info, rem) {
+	nlmsg_for_each_attr(attr, info->nlhdr, GENL_HDRLEN, rem) {
+		if (nla_type(attr) != KVMACCESS_A_MEM_RANGE)
+			continue;
 		err = parse_range(attr, &range, extack);
 		if (err)
 			return err;
 		if (!kvmaccess_memory_is_canonical(paging, range.address, range.length)) {
-			NL_SET_ERR_MSG_ATTR(extack, attr, "an address is not canonical in the vCPU's paging mode");
+			NL_SET_ERR_MSG_ATTR(extack, attr,
+					    "an address is not canonical in the vCPU's paging mode");
 			return -EINVAL;
 		}
 	}
@@ -969,7 +978,8 @@ static int table_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 	job.length = min(wanted, d->size + 1 - offset);
 	kvmaccess_memory_paging(state, &job.paging);
 	if (!kvmaccess_memory_is_canonical(&job.paging, job.address, job.length)) {
-		NL_SET_ERR_MSG(info->extack, "the table register holds an address that is not canonical");
+		NL_SET_ERR_MSG(info->extack,
+			       "the table register holds an address that is not canonical");
 		return -EADDRNOTAVAIL;
 	}
 
@@ -1017,7 +1027,8 @@ static int table_doit(struct sk_buff *request, struct genl_info *info)
 		return -EINVAL;
 	}
 	if (len && nla_get_u32(len) > KVMACCESS_MAX_BYTES) {
-		NL_SET_ERR_MSG_ATTR(info->extack, len, "LENGTH is over INFO's MAX_BYTES: split the request");
+		NL_SET_ERR_MSG_ATTR(info->extack, len,
+				    "LENGTH is over INFO's MAX_BYTES: split the request");
 		return -E2BIG;
 	}
 
@@ -1037,7 +1048,8 @@ static int table_doit(struct sk_buff *request, struct genl_info *info)
 	else
 		err = kvmaccess_vcpu_capture(vm, vcpu, state, info->extack);
 	if (!err && state->flags & KVMACCESS_VCPU_F_NESTED) {
-		NL_SET_ERR_MSG(info->extack, "the vCPU runs a nested guest, whose memory is not this VM's: try again");
+		NL_SET_ERR_MSG(info->extack,
+			       "the vCPU runs a nested guest, whose memory is not this VM's: try again");
 		err = -EAGAIN;
 	}
 	if (!err)

@@ -23,6 +23,7 @@
 #include <linux/timekeeping.h>
 
 #include "account.h"
+#include "compat.h"
 #include "ksyms.h"
 #include "vcpu.h"
 #include "vm.h"
@@ -123,9 +124,10 @@ static void read_state(struct capture *c, bool loaded)
 
 	for (i = 0; i < ARRAY_SIZE(s->gpr); i++)
 		s->gpr[i] = vcpu->arch.regs[i];
-	s->rip = vcpu->arch.regs[VCPU_REGS_RIP];
+	s->rip = kvmaccess_compat_rip(vcpu);
 	s->cr2 = vcpu->arch.cr2;
-	s->cr8 = kvmaccess_ksyms.get_cr8 ? kvmaccess_ksyms.get_cr8(vcpu) : 0;
+	s->cr8 = kvmaccess_ksyms.get_cr8 ?
+		 kvmaccess_ksyms_call(kvmaccess_ksyms.get_cr8, vcpu) : 0;
 	s->efer = vcpu->arch.efer;
 	for (i = 0; i < ARRAY_SIZE(s->db); i++)
 		s->db[i] = vcpu->arch.db[i];
@@ -189,8 +191,10 @@ static int capture_in_place(struct capture *c)
 	}
 
 	start = ktime_get_ns();
+	/* As in capture_here(). */
 	smp_rmb();
 	read_state(c, false);
+	/* Likewise. */
 	smp_rmb();
 	c->state->cpu = cpu;
 	c->state->method = KVMACCESS_METHOD_MEMORY;
@@ -216,6 +220,11 @@ static int capture_once(struct capture *c)
 	return err == -ENXIO ? capture_in_place(c) : err;
 }
 
+static pid_t tid_of(struct pid *pid, void *unused)
+{
+	return pid_nr(pid);
+}
+
 /*
  * Take the state of @vcpu of @vm, which the caller holds. Bounded: no attempt
  * waits for anything but an interrupt to another CPU.
@@ -231,11 +240,11 @@ int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 		.requester = current,
 	};
 	u64 start = ktime_get_ns();
-	struct pid *pid;
 	int err;
 
 	if (!c.vendor) {
-		NL_SET_ERR_MSG(extack, "registers cannot be read on this host: see what INFO says is missing");
+		NL_SET_ERR_MSG(extack,
+			       "registers cannot be read on this host: see what INFO says is missing");
 		return -EOPNOTSUPP;
 	}
 	if (vcpu->arch.guest_state_protected) {
@@ -255,11 +264,7 @@ int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 		return err;
 	}
 
-	rcu_read_lock();
-	pid = rcu_dereference(vcpu->pid);
-	state->tid = pid_nr(pid);
-	rcu_read_unlock();
-
+	state->tid = kvmaccess_compat_vcpu_pid(vcpu, tid_of, NULL);
 	state->duration = ktime_get_ns() - start;
 	return 0;
 }

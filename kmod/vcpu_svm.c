@@ -8,10 +8,10 @@
  * interrupts on. The getters of kvm-amd that are called here read the VMCB
  * and fill no cache.
  */
-#include <asm/svm.h>
 #include <linux/err.h>
 
 #include "btf.h"
+#include "compat.h"
 #include "ksyms.h"
 #include "vcpu.h"
 
@@ -65,8 +65,8 @@ static void svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 			  (const unsigned long *)vmcb->control.intercepts) ?
 		 vcpu->arch.cr0 : vmcb->save.cr0;
 	/* ... and that of CR3 if there are shadow page tables or it was set. */
-	s->cr3 = !(vmcb->control.nested_ctl & SVM_NESTED_CTL_NP_ENABLE) ||
-		 test_bit(VCPU_EXREG_CR3, (unsigned long *)&vcpu->arch.regs_dirty) ?
+	s->cr3 = !kvmaccess_compat_has_npt(vmcb) ||
+		 kvmaccess_compat_is_dirty(vcpu, KVMACCESS_COMPAT_REG_CR3) ?
 		 vcpu->arch.cr3 : vmcb->save.cr3;
 	s->cr4 = vcpu->arch.cr4;
 	s->rflags = ops->get_rflags(vcpu);

@@ -28,6 +28,7 @@
 #include <linux/timekeeping.h>
 #include <linux/workqueue.h>
 
+#include "compat.h"
 #include "ksyms.h"
 #include "netlink.h"
 #include "vm.h"
@@ -91,8 +92,9 @@ static bool hold(struct kvmaccess_vm *vm)
 	return held;
 }
 
-static pid_t tgid_of(struct kvm *kvm, struct pid *pid)
+static pid_t tgid_of(struct pid *pid, void *arg)
 {
+	struct kvm *kvm = arg;
 	struct task_struct *task = pid ? pid_task(pid, PIDTYPE_PID) : NULL;
 
 	/* The number may have been given to another process since. */
@@ -112,11 +114,11 @@ static void find_pid(struct kvmaccess_vm *vm)
 	pid_t pid;
 
 	rcu_read_lock();
-	pid = tgid_of(kvm, find_pid_ns(kvm->userspace_pid, &init_pid_ns));
+	pid = tgid_of(find_pid_ns(kvm->userspace_pid, &init_pid_ns), kvm);
 	kvm_for_each_vcpu(i, vcpu, kvm) {
 		if (pid)
 			break;
-		pid = tgid_of(kvm, rcu_dereference(vcpu->pid));
+		pid = kvmaccess_compat_vcpu_pid(vcpu, tgid_of, kvm);
 	}
 	rcu_read_unlock();
 
@@ -342,7 +344,7 @@ void kvmaccess_vm_info(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info)
 	}
 
 	idx = srcu_read_lock(&kvm->srcu);
-	for (as = 0; as < KVM_ADDRESS_SPACE_NUM; as++) {
+	for (as = 0; as < kvmaccess_compat_as_num(kvm); as++) {
 		slots = __kvm_memslots(kvm, as);
 		kvm_for_each_memslot_in_gfn_range(&iter, slots, 0, ~0ULL) {
 			info->memslots++;
