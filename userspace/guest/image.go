@@ -43,6 +43,12 @@ func (m *Image) Lookup(name string) (uint64, bool) {
 	return m.wrap(sym.Address + m.Slide), true
 }
 
+// Next gives the running address of the first symbol above a running address.
+func (m *Image) Next(addr uint64) (uint64, bool) {
+	next, ok := m.Symbols.next(m.wrap(addr - m.Slide))
+	return m.wrap(next + m.Slide), ok
+}
+
 func (m *Image) wrap(addr uint64) uint64 {
 	if m.Symbols.Long() {
 		return addr

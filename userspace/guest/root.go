@@ -32,3 +32,13 @@ func KernelRoot(ctx context.Context, mem Memory, m Mode, cr3, probe uint64) (uin
 	}
 	return kernel, nil
 }
+
+// KernelHalf is the root of the page tables in CR3 or, with isolated, of the
+// kernel's ones of the pair that CR3 is of.
+func (m Mode) KernelHalf(cr3 uint64, isolated bool) uint64 {
+	root := m.RootOf(cr3)
+	if isolated && (m.Long() || m.Format == FormatPAE) {
+		root &^= userHalf
+	}
+	return root
+}

@@ -5,6 +5,8 @@ package guest
 import (
 	"errors"
 	"fmt"
+
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
 // Linux moves its image by a multiple of this (CONFIG_PHYSICAL_ALIGN; the page
@@ -29,12 +31,12 @@ type Slide struct {
 	LSTAR bool
 }
 
-// FindSlide works out where the kernel lies from where LSTAR and the gates of
-// the IDT point to. A single hooked entry, LSTAR included, does not lead it
-// astray: the slide is what more than half of the gates agree on; LSTAR alone
-// decides only where the IDT can be compared with nothing. The error is
+// FindSlide works out where the kernel lies from where the gates of the IDT
+// and the system call entries point to. A single hooked entry, LSTAR included,
+// does not lead it astray: the slide is what more than half of the gates agree
+// on, or failing these LSTAR and CSTAR together. The error is
 // ErrSymbolsMismatch, with the evidence.
-func FindSlide(s *Symbols, lstar uint64, idt []Gate) (Slide, error) {
+func FindSlide(s *Symbols, r *kvmaccess.Registers, idt []Gate) (Slide, error) {
 	align := uint64(slideAlign32)
 	if s.Long() {
 		align = slideAlign64
@@ -71,21 +73,29 @@ func FindSlide(s *Symbols, lstar uint64, idt []Gate) (Slide, error) {
 			best.Value, best.Votes = slide, n
 		}
 	}
-	entry, haveEntry := s.Lookup("entry_SYSCALL_64")
-	fromLSTAR := distance(s, lstar, entry.Address)
-	haveEntry = haveEntry && lstar != 0
 	// Vectors beyond the exceptions hold a stub instead of a named handler
 	// where the guest lacks the device, hence half, and no more.
 	const fewest = 8
-	if best.Votes >= fewest && 2*best.Votes > of {
-		best.LSTAR = haveEntry && fromLSTAR == best.Value
+	fromLSTAR, ok1 := slideOf(s, r.LSTAR, "entry_SYSCALL_64")
+	fromCSTAR, ok2 := slideOf(s, r.CSTAR, "entry_SYSCALL_compat", "entry_SYSCALL32_ignore", "ignore_sysret")
+	switch {
+	case best.Votes >= fewest && 2*best.Votes > of:
+		best.LSTAR = ok1 && fromLSTAR == best.Value
 		return best, nil
+	case ok1 && ok2 && fromLSTAR == fromCSTAR && possible(fromLSTAR):
+		return Slide{Value: fromLSTAR, Votes: votes[fromLSTAR], Of: of, LSTAR: true}, nil
 	}
-	if of == 0 && haveEntry && possible(fromLSTAR) {
-		return Slide{Value: fromLSTAR, LSTAR: true}, nil
+	return Slide{}, fmt.Errorf("%w (%d of %d handlers of the IDT fit; LSTAR is %#x)", ErrSymbolsMismatch, best.Votes, of, r.LSTAR)
+}
+
+// slideOf is the slide at which addr is the first of the symbols that there is.
+func slideOf(s *Symbols, addr uint64, names ...string) (uint64, bool) {
+	for _, name := range names {
+		if sym, ok := s.Lookup(name); ok && addr != 0 {
+			return distance(s, addr, sym.Address), true
+		}
 	}
-	return Slide{}, fmt.Errorf("%w (%d of %d handlers of the IDT fit, LSTAR %#x is at %#x from entry_SYSCALL_64)",
-		ErrSymbolsMismatch, best.Votes, of, lstar, int64(fromLSTAR))
+	return 0, false
 }
 
 func distance(s *Symbols, running, file uint64) uint64 {

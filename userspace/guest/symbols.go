@@ -229,3 +229,12 @@ func (s *Symbols) At(addr uint64) ([]Symbol, uint64) {
 	}
 	return nil, 0
 }
+
+// next is the address of the first symbol above addr.
+func (s *Symbols) next(addr uint64) (uint64, bool) {
+	i := sort.Search(len(s.symbols), func(i int) bool { return s.symbols[i].Address > addr })
+	if i == len(s.symbols) {
+		return 0, false
+	}
+	return s.symbols[i].Address, true
+}

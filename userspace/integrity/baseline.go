@@ -2,14 +2,107 @@
 
 package integrity
 
-import "time"
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// BaselineVersion is the format that this package writes and takes.
+const BaselineVersion = 1
 
 // Baseline is what a Monitor compares with. It marshals to JSON and back
 // without loss, so that changes made between two runs of a daemon are found.
 type Baseline struct {
-	Version int       `json:"version"` // of this format
+	Version int       `json:"version"` // 0: there is no baseline
 	Taken   time.Time `json:"taken"`
 	VM      VM        `json:"vm"`
-	Anchor  Hex       `json:"anchor"` // address of the kernel image that Items lie relative to
-	Items   []Item    `json:"items"`
+	Boot    Hex       `json:"boot,omitempty"` // differs from boot to boot; 0: unknown
+	Items   []Item    `json:"items"`          // by key
+	Open    []Open    `json:"open,omitempty"` // by key
+}
+
+// Open is a finding that held when the baseline was saved, and what of.
+type Open struct {
+	Finding Finding `json:"finding"`
+	Item    Item    `json:"item"`
+}
+
+// check says whether the baseline can be resumed from.
+func (b *Baseline) check() error {
+	if b.Version != BaselineVersion {
+		return fmt.Errorf("baseline of version %d: only version %d can be resumed from; remove it to take a new one", b.Version, BaselineVersion)
+	}
+	seen := make(map[itemKey]bool, len(b.Items))
+	for i := range b.Items {
+		k := b.Items[i].key()
+		if seen[k] {
+			return fmt.Errorf("baseline is damaged: item %d, %s %s, is there twice; remove it to take a new one", i, k.check, k.object)
+		}
+		seen[k] = true
+	}
+	return nil
+}
+
+func (k itemKey) compare(o itemKey) int {
+	return cmp.Or(
+		cmp.Compare(k.check, o.check),
+		cmp.Compare(k.object, o.object),
+		cmp.Compare(k.vcpu, o.vcpu),
+		cmp.Compare(k.entry, o.entry),
+		cmp.Compare(k.name, o.name),
+	)
+}
+
+// Baseline returns what the Monitor compares with; its Version is 0 while
+// there is none (see StateWaiting).
+func (m *Monitor) Baseline() Baseline {
+	if !m.based {
+		return Baseline{VM: m.vm}
+	}
+	b := Baseline{Version: BaselineVersion, Taken: m.taken, VM: m.vm, Boot: m.boot, Items: make([]Item, 0, len(m.items))}
+	for _, t := range m.items {
+		if t.base != nil {
+			b.Items = append(b.Items, *t.base)
+		}
+	}
+	slices.SortFunc(b.Items, func(x, y Item) int { return x.key().compare(y.key()) })
+	for _, t := range m.items {
+		if t.open != nil {
+			b.Open = append(b.Open, Open{*t.open, t.last})
+		}
+	}
+	slices.SortFunc(b.Open, func(x, y Open) int { return x.Item.key().compare(y.Item.key()) })
+	return b
+}
+
+// resume takes over a stored baseline.
+func (m *Monitor) resume(b *Baseline) {
+	m.based, m.taken, m.boot = true, b.Taken, b.Boot
+	for i := range b.Items {
+		it := b.Items[i]
+		m.items[it.key()] = &tracked{base: &it, last: it}
+	}
+	for i := range b.Open {
+		o := b.Open[i]
+		t := m.items[o.Item.key()]
+		if t == nil {
+			t = &tracked{}
+			m.items[o.Item.key()] = t
+		}
+		t.open, t.last = &o.Finding, o.Item
+	}
+}
+
+// Findings returns those that hold now, in the order of their keys.
+func (m *Monitor) Findings() []Finding {
+	var open []Finding
+	for _, t := range m.items {
+		if t.open != nil {
+			open = append(open, *t.open)
+		}
+	}
+	slices.SortFunc(open, func(x, y Finding) int { return cmp.Compare(x.Key(), y.Key()) })
+	return open
 }

@@ -3,28 +3,26 @@
 package integrity
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
+	"slices"
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
-// Source is what a Monitor reads a VM through; *kvmaccess.Client is one.
+// Source is what a Monitor reads a VM through; *kvmaccess.Client and
+// *guest.Machine are ones.
 type Source interface {
 	VCPUs(ctx context.Context, vm kvmaccess.VMID) ([]kvmaccess.VCPU, error)
 	VCPU(ctx context.Context, vm kvmaccess.VMID, id uint32) (kvmaccess.VCPU, error)
+	ReadPhysical(ctx context.Context, vm kvmaccess.VMID, ranges ...kvmaccess.Range) ([]kvmaccess.RangeData, error)
 	// ReadVirtual reads through the page tables of a vCPU, at root or, with
 	// root 0, at its CR3. It returns one RangeData for each range.
 	ReadVirtual(ctx context.Context, vm kvmaccess.VMID, vcpu uint32, root uint64, ranges ...kvmaccess.Range) ([]kvmaccess.RangeData, error)
-}
-
-// MemoryRange is guest memory of which no byte may change.
-type MemoryRange struct {
-	Name    string `json:"name,omitempty"`   // what findings call it; default: its symbol or address
-	Symbol  string `json:"symbol,omitempty"` // where it starts, instead of Address
-	Address Hex    `json:"address,omitempty"`
-	Length  uint32 `json:"length"` // bytes, 1 to 28672
 }
 
 // Options of a Monitor; the zero value works.
@@ -32,10 +30,15 @@ type Options struct {
 	Symbols     *guest.Symbols // of the guest's kernel; nil: only what needs no symbols is checked
 	Baseline    *Baseline      // of an earlier Monitor of this VM; nil: the first sight becomes it
 	Checks      []Check        // default: Checks()
-	Ranges      []MemoryRange  // further guest memory to watch
-	Memory      guest.Memory   // physical memory for pages that the Source finds not resident; nil: these stay unread
+	Ranges      []MemoryRange  // guest memory that MemoryCheck watches
+	Memory      guest.Memory   // physical memory; default: the Source's ReadPhysical, which does not get at pages that the host swapped out
 	MaxFindings int            // that one Attach or Tick returns at most; default 256, the rest follows in the next ones
-	Now         func() time.Time
+
+	// Settle is how long a guest of which there are no symbols must stay the
+	// same, or until a program is seen running, before it counts as booted;
+	// default 1 s, negative: not at all. With symbols the kernel itself tells.
+	Settle time.Duration
+	Now    func() time.Time // default: time.Now
 }
 
 // State says how far a Monitor is.
@@ -53,42 +56,478 @@ const (
 // Status is how a Monitor fares.
 type Status struct {
 	State    State    `json:"state"`
-	Reason   string   `json:"reason,omitempty"`  // why it waits
-	Symbols  int      `json:"symbols"`           // in use; 0: none given or they do not fit the guest
-	Slide    Hex      `json:"slide"`             // of the running kernel against the symbols
+	Reason   string   `json:"reason,omitempty"`   // why it waits
+	Symbols  int      `json:"symbols"`            // in use; 0: none given or they do not fit the guest
+	Slide    Hex      `json:"slide"`              // of the running kernel against the symbols
 	Problems []string `json:"problems,omitempty"` // what cannot be checked, and why
-	VCPUs    int      `json:"vcpus"`             // watched
-	Waiting  int      `json:"waiting"`           // vCPUs that are not in the kernel yet
-	Bytes    int      `json:"bytes"`             // of guest memory compared each tick
-	Open     int      `json:"open"`              // findings that hold now
+	VCPUs    int      `json:"vcpus"`              // watched
+	Waiting  int      `json:"waiting"`            // vCPUs that are not in the kernel, or not yet
+	Bytes    int      `json:"bytes"`              // of guest memory compared each tick
+	Open     int      `json:"open"`               // findings that hold now
+	Pending  int      `json:"pending"`            // findings that the next ticks return
 	Ticks    uint64   `json:"ticks"`
-	Slow     uint64   `json:"slow"` // ticks that saw a difference and had to decode
+	Slow     uint64   `json:"slow"`   // ticks that saw a difference and had to decode
+	Unread   uint64   `json:"unread"` // times that something could not be read for a reason of the host
 }
 
 // Monitor watches one VM. Its methods are for one goroutine at a time.
-type Monitor struct{}
+type Monitor struct {
+	src    Source
+	vm     VM
+	opts   Options
+	checks []Check
+	mem    guest.Memory
+	now    func() time.Time
+
+	// What there is to know of the guest; nil until it is up.
+	g         *Guest
+	cpus      []*cpu
+	leader    *cpu   // whose page tables are used
+	root      uint64 // of the kernel's page tables
+	rootFixed bool   // no process' tables: they stay
+	isolated  bool   // page-table isolation was seen
+	scanned   time.Time
+
+	objects []object
+	ranges  []kvmaccess.Range // that the objects need, each once
+	data    [][]byte          // what was read of ranges last; nil: nothing could be
+	errs    []error           // why
+
+	// Settling of a guest without symbols.
+	settling time.Time
+	seen     [32]byte
+
+	based bool
+	taken time.Time
+	boot  Hex
+	items map[itemKey]*tracked
+	queue []Finding
+
+	status Status
+}
+
+// cpu is what the Monitor knows of one vCPU.
+type cpu struct {
+	state kvmaccess.VCPU // the last one
+	watch watched
+	ready bool // runs the kernel
+	// settled: it has done so for a while. A vCPU that comes up has its
+	// registers loaded one by one.
+	settled bool
+	since   time.Time
+	dirty   bool // watch differs from what the items were made of
+}
+
+// watched are the registers that make items, without the bits that do not.
+type watched struct {
+	cr0, cr4, efer                           uint64
+	star, lstar, cstar, sfmask               uint64
+	sysenterCS, sysenterESP, sysenterEIP, tr uint64
+	gdtr, idtr                               kvmaccess.TableRegister
+	trSelector                               uint16
+}
+
+const (
+	watchedCR0  = guest.CR0PE | guest.CR0WP | guest.CR0PG
+	watchedCR4  = guest.CR4PAE | guest.CR4LA57 | guest.CR4SMEP | guest.CR4SMAP | guest.CR4UMIP | guest.CR4FSGSBASE | guest.CR4CET
+	watchedEFER = guest.EFERSCE | guest.EFERLMA | guest.EFERNXE
+)
+
+func watch(v *kvmaccess.VCPU) watched {
+	return watched{
+		cr0: v.CR0 & watchedCR0, cr4: v.CR4 & watchedCR4, efer: v.EFER & watchedEFER,
+		star: v.STAR, lstar: v.LSTAR, cstar: v.CSTAR, sfmask: v.SFMASK,
+		sysenterCS: v.SysenterCS, sysenterESP: v.SysenterESP, sysenterEIP: v.SysenterEIP,
+		tr: v.TR.Base, trSelector: v.TR.Selector, gdtr: v.GDTR, idtr: v.IDTR,
+	}
+}
+
+// object is an Object in its place in the Monitor.
+type object struct {
+	Object
+	check string
+	cpu   *cpu
+	index int // of its Memory in ranges; -1: it has none
+	dirty bool
+}
+
+// tracked is the state of one item.
+type tracked struct {
+	base *Item // nil: the next sight becomes it
+	last Item
+	open *Finding // holds now
+}
+
+const (
+	rescanEvery    = 10 * time.Second
+	retryEvery     = 20 * time.Millisecond
+	settleVCPU     = 50 * time.Millisecond
+	defaultMost    = 256
+	maxQueue       = 16384
+	maxVCPUs       = 4096
+	textSearch     = 128 << 20
+	defaultSettles = time.Second
+)
 
 // NewMonitor makes a Monitor of vm. It reads nothing yet. The error says what
 // is wrong with the options.
-func NewMonitor(src Source, vm VM, opts Options) (*Monitor, error) { return &Monitor{}, nil }
+func NewMonitor(src Source, vm VM, opts Options) (*Monitor, error) {
+	if err := checkRanges(opts.Ranges); err != nil {
+		return nil, err
+	}
+	m := &Monitor{src: src, vm: vm, opts: opts, checks: opts.Checks, mem: opts.Memory, now: opts.Now, items: map[itemKey]*tracked{}}
+	if m.checks == nil {
+		m.checks = Checks()
+	}
+	if m.mem == nil {
+		m.mem = sourceMemory{src, vm.ID}
+	}
+	if m.now == nil {
+		m.now = time.Now
+	}
+	if m.opts.MaxFindings <= 0 {
+		m.opts.MaxFindings = defaultMost
+	}
+	if m.opts.Settle == 0 {
+		m.opts.Settle = defaultSettles
+	}
+	m.status.State = StateWaiting
+	m.status.Reason = "not attached yet"
+	if opts.Baseline != nil && opts.Baseline.Version != 0 {
+		if err := opts.Baseline.check(); err != nil {
+			return nil, err
+		}
+		m.resume(opts.Baseline)
+	}
+	return m, nil
+}
+
+// sourceMemory is the physical memory that a Source reads.
+type sourceMemory struct {
+	src Source
+	vm  kvmaccess.VMID
+}
+
+func (s sourceMemory) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error {
+	out, err := s.src.ReadPhysical(ctx, s.vm, kvmaccess.Range{Address: gpa, Length: uint32(len(p))})
+	if err != nil {
+		return err
+	}
+	if len(out) != 1 || out[0].Err == nil && len(out[0].Data) != len(p) {
+		return errors.New("the answer does not fit the request")
+	}
+	copy(p, out[0].Data)
+	return out[0].Err
+}
 
 // Attach looks at the whole VM, takes the baseline unless there is one
 // already, and returns what differs from it or is not as an honest kernel has
-// it. Findings that hold and were returned before are not returned again.
-// An error is one of reading (a dying VM: kvmaccess.ErrNoVM or ErrDying); a
-// guest that is not up yet is none, see Status.
-func (m *Monitor) Attach(ctx context.Context) ([]Finding, error) { return nil, nil }
+// it. Findings that hold and were returned before, by this Monitor or by the
+// one that Options.Baseline is of, are not returned again. An error is one of
+// reading (a dying VM: kvmaccess.ErrNoVM or ErrDying); a guest that is not up
+// yet is none, see Status.
+func (m *Monitor) Attach(ctx context.Context) ([]Finding, error) {
+	m.g = nil
+	if err := m.attach(ctx); err != nil {
+		return nil, err
+	}
+	return m.flush(), nil
+}
 
 // Tick compares with what was seen last and returns what changed. It attaches
 // if that has not succeeded yet.
-func (m *Monitor) Tick(ctx context.Context) ([]Finding, error) { return nil, nil }
+func (m *Monitor) Tick(ctx context.Context) ([]Finding, error) {
+	m.status.Ticks++
+	now := m.now()
+	if m.g == nil {
+		if d := now.Sub(m.scanned); d < 0 || d >= retryEvery {
+			if err := m.attach(ctx); err != nil {
+				return nil, err
+			}
+		}
+		return m.flush(), nil
+	}
+	layout, dirty, err := m.capture(ctx, now)
+	if err != nil {
+		return nil, err
+	}
+	if m.g == nil { // the guest restarts
+		return m.flush(), nil
+	}
+	if layout {
+		m.status.Slow++
+		m.layout()
+		if err := m.reread(ctx); err != nil {
+			return nil, err
+		}
+		return m.flush(), nil
+	}
+	changed, err := m.read(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if changed || dirty {
+		m.status.Slow++
+		if err := m.evaluate(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if len(m.queue) == 0 {
+		return nil, nil
+	}
+	return m.flush(), nil
+}
 
-// Baseline returns what the Monitor compares with; its Version is 0 while
-// there is none (see StateWaiting).
-func (m *Monitor) Baseline() Baseline { return Baseline{} }
+// capture takes each vCPU's registers. layout: what there is to watch may lie
+// elsewhere now; dirty: some item may have another value.
+func (m *Monitor) capture(ctx context.Context, now time.Time) (layout, dirty bool, err error) {
+	if now.Sub(m.scanned) >= rescanEvery || now.Before(m.scanned) {
+		layout, err = m.scan(ctx, now)
+		if err != nil {
+			return false, false, err
+		}
+	}
+	ready := 0
+	for i := 0; i < len(m.cpus); i++ {
+		c := m.cpus[i]
+		state, err := m.src.VCPU(ctx, m.vm.ID, c.state.ID)
+		switch {
+		case err == nil:
+		case errors.Is(err, kvmaccess.ErrUnsettled):
+			m.status.Unread++
+			if c.ready {
+				ready++
+			}
+			continue
+		case errors.Is(err, kvmaccess.ErrNoVCPU):
+			m.cpus = slices.Delete(m.cpus, i, i+1)
+			i--
+			layout = true
+			continue
+		default:
+			return false, false, fmt.Errorf("vCPU %d of guest %v: %w", c.state.ID, m.vm, err)
+		}
+		l, d := c.update(state, now)
+		layout, dirty = layout || l, dirty || d
+		if c.ready {
+			ready++
+		}
+	}
+	if ready == 0 {
+		m.wait("no vCPU runs the kernel any more: the guest restarts or is being shut down")
+	}
+	return layout, dirty, nil
+}
 
-// Findings returns those that hold now, in the order of their keys.
-func (m *Monitor) Findings() []Finding { return nil }
+// update takes over a new state.
+func (c *cpu) update(state kvmaccess.VCPU, now time.Time) (layout, dirty bool) {
+	if state.Flags&(kvmaccess.VCPUNested|kvmaccess.VCPUSMM) != 0 {
+		return false, false // not the kernel's state; the last one stands
+	}
+	w := watch(&state)
+	same := w == c.watch
+	moved := w.gdtr != c.watch.gdtr || w.idtr != c.watch.idtr
+	c.state, c.watch = state, w
+	ready := readyReason(&state) == ""
+	if ready != c.ready {
+		c.ready, c.settled, c.since = ready, false, now
+		return true, false
+	}
+	if !ready {
+		return false, false
+	}
+	if !c.settled {
+		if !same {
+			c.since = now
+		} else if now.Sub(c.since) >= settleVCPU {
+			c.settled = true
+			return true, false
+		}
+		return false, false
+	}
+	if !same {
+		c.dirty = true
+	}
+	return moved, !same
+}
+
+// readyReason says why a vCPU does not run a kernel with its tables set up;
+// empty: it does.
+func readyReason(v *kvmaccess.VCPU) string {
+	mode := guest.ModeOf(&v.Registers)
+	switch {
+	case v.Condition == kvmaccess.ConditionNew:
+		return "has never run"
+	case v.Flags&kvmaccess.VCPUNested != 0:
+		return "runs a nested guest"
+	case v.Flags&kvmaccess.VCPUSMM != 0:
+		return "is in system management mode"
+	case v.CR0&guest.CR0PE == 0:
+		return "is in real mode: in reset or in firmware"
+	case mode.Format == guest.FormatNone:
+		return "has paging off: in firmware or a boot loader"
+	case mode.Long() && v.LSTAR == 0:
+		return "has no system call entry yet: in firmware or early boot"
+	case !mode.Long() && !mode.Kernel(v.IDTR.Base):
+		return "has no kernel's interrupt table yet: in firmware or early boot"
+	case v.TR.Selector == 0 || v.GDTR.Limit == 0 || v.IDTR.Limit == 0:
+		return "has no descriptor tables yet: in early boot"
+	}
+	return ""
+}
+
+// scan looks for vCPUs that were added.
+func (m *Monitor) scan(ctx context.Context, now time.Time) (added bool, err error) {
+	states, err := m.src.VCPUs(ctx, m.vm.ID)
+	if err != nil {
+		return false, fmt.Errorf("vCPUs of guest %v: %w", m.vm, err)
+	}
+	m.scanned = now
+	for _, state := range states {
+		known := slices.ContainsFunc(m.cpus, func(c *cpu) bool { return c.state.ID == state.ID })
+		if known || len(m.cpus) >= maxVCPUs {
+			continue
+		}
+		c := &cpu{since: now}
+		c.state.ID = state.ID
+		c.update(state, now)
+		m.cpus = append(m.cpus, c)
+		added = true
+	}
+	slices.SortFunc(m.cpus, func(a, b *cpu) int { return int(a.state.ID) - int(b.state.ID) })
+	return added, nil
+}
+
+// read reads all ranges and compares them with what was read last.
+func (m *Monitor) read(ctx context.Context) (changed bool, err error) {
+	if len(m.ranges) == 0 {
+		return false, nil
+	}
+	root := m.root
+	if !m.rootFixed {
+		root = m.currentRoot()
+	}
+	out, err := m.src.ReadVirtual(ctx, m.vm.ID, m.leader.state.ID, root, m.ranges...)
+	if err != nil && !rangeError(err) {
+		return false, fmt.Errorf("read memory of guest %v: %w", m.vm, err)
+	}
+	if err == nil && len(out) != len(m.ranges) {
+		return false, fmt.Errorf("read memory of guest %v: %d answers to %d ranges", m.vm, len(out), len(m.ranges))
+	}
+	for i := range m.ranges {
+		var data []byte
+		failed := err
+		if err == nil {
+			data, failed = out[i].Data, out[i].Err
+			if failed == nil && len(data) == int(m.ranges[i].Length) && m.errs[i] == nil && bytes.Equal(data, m.data[i]) {
+				continue
+			}
+		}
+		if m.store(ctx, root, i, data, failed) {
+			changed = true
+		}
+	}
+	return changed, nil
+}
+
+// currentRoot is the leader's page tables, the kernel's half of them.
+func (m *Monitor) currentRoot() uint64 {
+	return m.g.Mode.KernelHalf(m.leader.state.CR3, m.isolated)
+}
+
+// store takes over what was read of a range, or tries other ways to read it.
+func (m *Monitor) store(ctx context.Context, root uint64, i int, data []byte, err error) (changed bool) {
+	r := m.ranges[i]
+	if err == nil && len(data) != int(r.Length) {
+		err = fmt.Errorf("%d bytes came of %d", len(data), r.Length)
+		data = nil
+	}
+	if err != nil && !(m.rootFixed && guestError(err)) {
+		// The module reads only what is resident, and on a process' tables
+		// only what these map when it gets there.
+		p := make([]byte, r.Length)
+		again := guest.ReadVirtual(ctx, m.mem, m.g.Mode, root, r.Address, p)
+		if again != nil && !m.rootFixed {
+			if kernel, err := m.kernelRoot(ctx, r.Address); err == nil && kernel != root {
+				m.isolated = true
+				again = guest.ReadVirtual(ctx, m.mem, m.g.Mode, kernel, r.Address, p)
+			}
+		}
+		if again == nil {
+			data, err = p, nil
+		} else {
+			data = nil
+			if !guestError(again) {
+				m.status.Unread++
+				m.errs[i] = again
+				return false // the host's matter: the last sight stands
+			}
+			err = again
+		}
+	}
+	changed = !bytes.Equal(data, m.data[i]) || (data == nil) != (m.data[i] == nil)
+	m.errs[i] = err
+	if data == nil {
+		m.data[i] = nil
+	} else {
+		m.data[i] = append(m.data[i][:0], data...) // a Source may use its memory again
+	}
+	if changed {
+		for j := range m.objects {
+			if m.objects[j].index == i {
+				m.objects[j].dirty = true
+			}
+		}
+	}
+	return changed
+}
+
+// guestError says whether memory cannot be read for a reason of the guest's:
+// its page tables do not map it.
+func guestError(err error) bool {
+	return errors.Is(err, kvmaccess.ErrNotMapped) || errors.Is(err, kvmaccess.ErrNoMemslot) || errors.Is(err, kvmaccess.ErrInvalid) ||
+		errors.Is(err, guest.ErrNotPresent) || errors.Is(err, guest.ErrReserved) || errors.Is(err, guest.ErrNotCanonical)
+}
+
+// rangeError says whether a request's error is of its ranges: none could be
+// read.
+func rangeError(err error) bool {
+	return guestError(err) || errors.Is(err, kvmaccess.ErrNotResident) || errors.Is(err, kvmaccess.ErrUnsettled)
+}
+
+// wait gives up what is known of the guest until it is up again.
+func (m *Monitor) wait(reason string) {
+	m.g = nil
+	m.cpus, m.leader = nil, nil
+	m.objects, m.ranges, m.data, m.errs = nil, nil, nil, nil
+	m.status.State, m.status.Reason = StateWaiting, reason
+	m.status.VCPUs, m.status.Waiting, m.status.Bytes = 0, 0, 0
+}
+
+// flush hands out findings, as many as may be at once.
+func (m *Monitor) flush() []Finding {
+	n := min(len(m.queue), m.opts.MaxFindings)
+	if n == 0 {
+		return nil
+	}
+	out := slices.Clone(m.queue[:n])
+	m.queue = slices.Delete(m.queue, 0, n)
+	if len(m.queue) > 0 {
+		out[n-1].More = len(m.queue)
+	}
+	return out
+}
 
 // Status says how the Monitor fares.
-func (m *Monitor) Status() Status { return Status{} }
+func (m *Monitor) Status() Status {
+	s := m.status
+	s.Pending = len(m.queue)
+	s.Open = 0
+	for _, t := range m.items {
+		if t.open != nil {
+			s.Open++
+		}
+	}
+	s.Problems = slices.Clone(s.Problems)
+	return s
+}

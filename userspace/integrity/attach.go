@@ -1,0 +1,473 @@
+// SPDX-License-Identifier: MIT
+
+package integrity
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
+)
+
+// attach finds out what there is to know of the guest, lays out what is
+// watched and evaluates it; or it leaves the Monitor waiting.
+func (m *Monitor) attach(ctx context.Context) error {
+	m.wait("not attached yet")
+	now := m.now()
+	if _, err := m.scan(ctx, now); err != nil {
+		return err
+	}
+	for _, c := range m.cpus {
+		c.settled = c.ready
+		if c.ready && m.leader == nil {
+			m.leader = c
+		}
+	}
+	if m.leader == nil {
+		m.wait(m.whyWaiting())
+		return nil
+	}
+	g := &Guest{VM: m.vm, Mode: guest.ModeOf(&m.leader.state.Registers)}
+	m.g = g
+	m.root, m.rootFixed = g.Mode.RootOf(m.leader.state.CR3), false
+	m.status.Problems = nil
+
+	g.IDT = m.leader.state.IDTR
+	idt, err := m.fetch(ctx, m.leader.state.IDTR.Base, idtLength(g, m.leader.state.IDTR))
+	if err != nil {
+		return m.unreadable("the interrupt table", err)
+	}
+	gates := guest.ParseIDT(idt, g.Mode.Long())
+	if !complete(gates) {
+		m.wait("the interrupt table is not complete: the guest is in firmware or early boot")
+		return nil
+	}
+	handler := medianHandler(gates)
+	m.findImage(gates)
+	if g.Image == nil || !m.fixRoot(ctx, handler) {
+		probe := m.leader.state.GS.Base
+		if m.leader.state.CPL == 3 {
+			probe = m.leader.state.KernelGSBase
+		}
+		if !g.Mode.Long() || !g.Mode.Kernel(probe) {
+			probe = handler
+		}
+		root, err := m.kernelRoot(ctx, probe)
+		if err != nil {
+			return m.unreadable("the kernel's page tables", err)
+		}
+		m.isolated = m.isolated || root != m.root
+		m.root = root
+	}
+	if !m.booted(ctx, idt) {
+		return nil
+	}
+	m.findText(ctx, handler)
+	g.Linux = g.Image != nil
+	if !g.Linux {
+		gdt, err := m.fetch(ctx, m.leader.state.GDTR.Base, min(uint32(m.leader.state.GDTR.Limit)+1, maxGDT))
+		g.Linux = err == nil && looksLinux(gdt, g.Mode.Long())
+		if !g.Linux {
+			m.problem("the guest does not look like Linux: it is compared with the baseline only")
+		}
+	}
+	m.findPinned(ctx)
+	m.findRanges()
+	boot := m.witness(ctx)
+	m.rebase(gates, boot)
+	m.boot = boot
+
+	m.layout()
+	m.status.State, m.status.Reason = StateWatching, ""
+	if g.Image != nil {
+		m.status.Symbols, m.status.Slide = g.Image.Symbols.Len(), Hex(g.Image.Slide)
+	} else {
+		m.status.Symbols, m.status.Slide = 0, 0
+	}
+	return m.reread(ctx)
+}
+
+func (m *Monitor) whyWaiting() string {
+	if len(m.cpus) == 0 {
+		return "the guest has no vCPUs yet"
+	}
+	v := &m.cpus[0].state
+	return fmt.Sprintf("vCPU %d %s", v.ID, readyReason(v))
+}
+
+func (m *Monitor) problem(format string, args ...any) {
+	m.status.Problems = append(m.status.Problems, fmt.Sprintf(format, args...))
+}
+
+// fetch reads guest-virtual memory with the tables that are known by now.
+func (m *Monitor) fetch(ctx context.Context, gva uint64, n uint32) ([]byte, error) {
+	p := make([]byte, n)
+	return p, guest.ReadVirtual(ctx, m.mem, m.g.Mode, m.root, gva, p)
+}
+
+// unreadable waits if the guest does not have what it should yet, or the host
+// not at hand, and hands on an error of a VM that cannot be read at all.
+func (m *Monitor) unreadable(what string, err error) error {
+	if guestError(err) || errors.Is(err, kvmaccess.ErrNotResident) || errors.Is(err, kvmaccess.ErrUnsettled) || errors.Is(err, kvmaccess.ErrProtected) {
+		m.wait(fmt.Sprintf("%s cannot be read: %v", what, err))
+		return nil
+	}
+	m.wait("reading failed")
+	return fmt.Errorf("guest %v: %s: %w", m.vm, what, err)
+}
+
+// complete says whether all interrupts have gates, which a kernel's have once
+// it has set up interrupts; firmware's and early boot's do not, or do not go
+// on to have a system call entry.
+func complete(gates []guest.Gate) bool {
+	n := 0
+	for _, g := range gates {
+		if g.Vector >= 32 && g.Present {
+			n++
+		}
+	}
+	return n >= 200
+}
+
+// medianHandler is an exception's handler that lies among the others': a few
+// that were moved elsewhere do not.
+func medianHandler(gates []guest.Gate) uint64 {
+	var handlers []uint64
+	for _, g := range gates[:min(32, len(gates))] {
+		if g.Present && g.Type != guest.TypeTaskGate {
+			handlers = append(handlers, g.Handler)
+		}
+	}
+	if len(handlers) == 0 {
+		return 0
+	}
+	slices.Sort(handlers)
+	return handlers[len(handlers)/2]
+}
+
+func (m *Monitor) findImage(gates []guest.Gate) {
+	if m.opts.Symbols == nil {
+		m.problem("no symbols: handlers are compared with the kernel's text, not with names, and system call tables are not checked")
+		return
+	}
+	if m.opts.Symbols.Long() != m.g.Mode.Long() {
+		m.problem("the symbols are those of a kernel of another width than the guest's")
+		return
+	}
+	slide, err := guest.FindSlide(m.opts.Symbols, &m.leader.state.Registers, gates)
+	if err != nil {
+		m.problem("%v", err)
+		return
+	}
+	m.g.Image = guest.NewImage(m.opts.Symbols, slide.Value)
+}
+
+// fixRoot finds the page tables of the kernel itself, which unlike a process'
+// ones stay.
+func (m *Monitor) fixRoot(ctx context.Context, handler uint64) bool {
+	var table uint64
+	for _, name := range []string{"init_top_pgt", "init_level4_pgt", "swapper_pg_dir"} {
+		if at, ok := m.g.Image.Lookup(name); ok {
+			table = at
+			break
+		}
+	}
+	if table == 0 {
+		return false
+	}
+	now, err := m.kernelRoot(ctx, table)
+	if err != nil {
+		return false
+	}
+	at, err := guest.Translate(ctx, m.mem, m.g.Mode, now, table)
+	if err != nil {
+		return false
+	}
+	for _, gva := range []uint64{handler, table} {
+		a, err1 := guest.Translate(ctx, m.mem, m.g.Mode, now, gva)
+		b, err2 := guest.Translate(ctx, m.mem, m.g.Mode, at.GPA, gva)
+		if err1 != nil || err2 != nil || a.GPA != b.GPA {
+			return false
+		}
+	}
+	m.root, m.rootFixed = at.GPA, true
+	return true
+}
+
+// kernelRoot finds the kernel's page tables by the leader's CR3.
+func (m *Monitor) kernelRoot(ctx context.Context, probe uint64) (uint64, error) {
+	return guest.KernelRoot(ctx, m.mem, m.g.Mode, m.leader.state.CR3, probe)
+}
+
+// booted says whether the kernel is through with patching itself; if not, the
+// Monitor waits.
+func (m *Monitor) booted(ctx context.Context, idt []byte) bool {
+	if m.g.Image != nil {
+		at, ok := m.g.Image.Lookup("system_state")
+		if !ok {
+			return true
+		}
+		p, err := m.fetch(ctx, at, 4)
+		if err != nil {
+			m.wait(fmt.Sprintf("the kernel's system_state cannot be read: %v", err))
+			return false
+		}
+		// SYSTEM_BOOTING, SYSTEM_SCHEDULING (include/linux/kernel.h, since
+		// 4.13); what follows these changed since, and is late enough.
+		if state := binary.LittleEndian.Uint32(p); state < 2 {
+			m.wait("the guest's kernel still boots")
+			return false
+		}
+		return true
+	}
+	if m.opts.Settle < 0 {
+		return true
+	}
+	h := sha256.New()
+	h.Write(idt)
+	for _, c := range m.cpus {
+		if c.ready && c.state.CPL == 3 {
+			return true
+		}
+		fmt.Fprintf(h, "%v %v", c.ready, c.watch)
+	}
+	now := m.now()
+	if sum := [32]byte(h.Sum(nil)); sum != m.seen || m.settling.IsZero() {
+		m.seen, m.settling = sum, now
+	}
+	if now.Sub(m.settling) < m.opts.Settle {
+		m.wait("no symbols tell whether the guest has booted: waiting until it stays the same or runs a program")
+		return false
+	}
+	return true
+}
+
+func (m *Monitor) findText(ctx context.Context, handler uint64) {
+	if m.g.Image != nil {
+		if m.g.Text = m.g.Image.Text(); m.g.Text.End != 0 {
+			return
+		}
+	}
+	x, err := guest.ExecutableExtent(ctx, m.mem, m.g.Mode, m.root, handler, textSearch)
+	if err != nil {
+		m.problem("where the kernel's text is cannot be told: %v", err)
+		return
+	}
+	m.g.Text = x
+}
+
+func (m *Monitor) findPinned(ctx context.Context) {
+	at, ok := m.g.pinnedAt()
+	if !ok {
+		return
+	}
+	p, err := m.fetch(ctx, at, uint32(pointerSize(m.g)))
+	if err != nil {
+		m.problem("%s cannot be read: %v", symbolPinned, err)
+		return
+	}
+	m.g.HavePinned = true
+	m.g.Pinned = pointer(p)
+}
+
+func pointer(p []byte) uint64 {
+	if len(p) >= 8 {
+		return binary.LittleEndian.Uint64(p)
+	}
+	return uint64(binary.LittleEndian.Uint32(p))
+}
+
+func (m *Monitor) findRanges() {
+	m.g.Ranges = nil
+	for _, r := range m.opts.Ranges {
+		if r.Symbol != "" {
+			switch at, ok := uint64(0), false; {
+			case m.g.Image != nil:
+				if at, ok = m.g.Image.Lookup(r.Symbol); !ok {
+					m.problem("memory range %s: the symbols have no %s", r.name(), r.Symbol)
+					continue
+				}
+				r.Address = Hex(at)
+			case r.Symbol == symbolEntry && m.g.Mode.Long():
+				r.Address = Hex(m.leader.state.LSTAR)
+			default:
+				m.problem("memory range %s: no symbols tell where %s is", r.name(), r.Symbol)
+				continue
+			}
+		}
+		if !m.g.Mode.Canonical(uint64(r.Address)) || !m.g.Mode.Canonical(uint64(r.Address)+uint64(r.Length)-1) {
+			m.problem("memory range %s: %v is not canonical in the guest (%v)", r.name(), r.Address, m.g.Mode.Format)
+			continue
+		}
+		m.g.Ranges = append(m.g.Ranges, r)
+	}
+}
+
+// witness reads what is another in each boot: where the kernel maps all memory.
+func (m *Monitor) witness(ctx context.Context) Hex {
+	if m.g.Image == nil || !m.g.Mode.Long() {
+		return 0
+	}
+	at, ok := m.g.Image.Lookup("page_offset_base")
+	if !ok {
+		return 0
+	}
+	p, err := m.fetch(ctx, at, 8)
+	if err != nil {
+		return 0
+	}
+	return Hex(pointer(p))
+}
+
+// rebase moves the baseline to where the kernel runs now, or drops it if it is
+// of another kernel. How far the kernel moved is what more than half of the
+// gates agree on.
+func (m *Monitor) rebase(gates []guest.Gate, boot Hex) {
+	if !m.based {
+		return
+	}
+	votes := map[uint64]int{}
+	of := 0
+	for _, g := range gates {
+		t := m.items[itemKey{checkIDT, "idt", -1, g.Vector, ""}]
+		if t == nil || t.base == nil || !g.Present {
+			continue
+		}
+		of++
+		votes[g.Handler-uint64(t.base.Value.Value)]++
+	}
+	delta, most := uint64(0), 0
+	for d, n := range votes {
+		if n > most {
+			delta, most = d, n
+		}
+	}
+	found := 2*most > of
+	if !found {
+		delta, found = m.entryDelta()
+	}
+	const fewest = 16
+	switch {
+	case of < fewest: // the IDT was not checked: nothing to compare
+		return
+	case !found:
+		m.items = map[itemKey]*tracked{}
+		m.based = false
+		m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
+			Message: fmt.Sprintf("guest %v runs another kernel than its baseline is of: a new baseline was taken", m.vm)})
+		return
+	case delta == 0 && (boot == 0 || m.boot == 0 || boot == m.boot):
+		return
+	}
+	for _, t := range m.items {
+		if t.base == nil {
+			continue
+		}
+		switch t.base.Scope {
+		case ScopeImage:
+			t.base.Value.Value += Hex(delta)
+		case ScopeBoot:
+			t.base = nil
+		}
+	}
+	m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
+		Message: fmt.Sprintf("guest %v was restarted: its kernel lies %s than before", m.vm, moved(delta))})
+}
+
+// entryDelta is how far the kernel moved by LSTAR and CSTAR, if these agree.
+func (m *Monitor) entryDelta() (uint64, bool) {
+	id := int64(m.leader.state.ID)
+	l := m.items[itemKey{checkMSR, "lstar", id, -1, "LSTAR"}]
+	c := m.items[itemKey{checkMSR, "cstar", id, -1, "CSTAR"}]
+	if l == nil || c == nil || l.base == nil || c.base == nil {
+		return 0, false
+	}
+	delta := m.leader.state.LSTAR - uint64(l.base.Value.Value)
+	return delta, m.leader.state.CSTAR-uint64(c.base.Value.Value) == delta
+}
+
+func moved(delta uint64) string {
+	switch {
+	case delta == 0:
+		return "no elsewhere"
+	case int64(delta) < 0:
+		return fmt.Sprintf("%#x bytes lower", -delta)
+	}
+	return fmt.Sprintf("%#x bytes higher", delta)
+}
+
+// layout lists what is watched of the guest as it is now.
+func (m *Monitor) layout() {
+	g := m.g
+	g.CPUs = g.CPUs[:0]
+	m.status.Waiting = 0
+	votes := map[kvmaccess.TableRegister]int{}
+	m.leader = nil
+	for _, c := range m.cpus {
+		if !c.ready || !c.settled {
+			m.status.Waiting++
+			continue
+		}
+		if m.leader == nil {
+			m.leader = c
+		}
+		g.CPUs = append(g.CPUs, &c.state)
+		votes[c.state.IDTR]++
+	}
+	if m.leader == nil {
+		m.wait("no vCPU runs the kernel any more: the guest restarts or is being shut down")
+		return
+	}
+	m.status.VCPUs = len(g.CPUs)
+	best := g.CPUs[0].IDTR
+	for r, n := range votes {
+		if n > votes[best] || n == votes[best] && r == g.IDT {
+			best = r
+		}
+	}
+	g.IDT = best
+
+	m.objects, m.ranges, m.status.Bytes = nil, nil, 0
+	index := map[kvmaccess.Range]int{}
+	for _, check := range m.checks {
+		for _, o := range check.Objects(g) {
+			obj := object{Object: o, check: check.Name(), index: -1, dirty: true}
+			for _, c := range m.cpus {
+				if c.state.ID == o.CPU {
+					obj.cpu = c
+				}
+			}
+			if o.Memory.Length > 0 {
+				i, ok := index[o.Memory]
+				if !ok {
+					i = len(m.ranges)
+					index[o.Memory] = i
+					m.ranges = append(m.ranges, o.Memory)
+					m.status.Bytes += int(o.Memory.Length)
+				}
+				obj.index = i
+			}
+			m.objects = append(m.objects, obj)
+		}
+	}
+	m.data, m.errs = make([][]byte, len(m.ranges)), make([]error, len(m.ranges))
+}
+
+// reread reads and evaluates all that layout lists.
+func (m *Monitor) reread(ctx context.Context) error {
+	if m.g == nil {
+		return nil
+	}
+	if _, err := m.read(ctx); err != nil {
+		return err
+	}
+	for i := range m.objects {
+		m.objects[i].dirty = true
+	}
+	return m.evaluate(ctx)
+}
