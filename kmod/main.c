@@ -51,8 +51,6 @@ static void __exit kvmaccess_exit(void)
 	kvmaccess_netlink_exit();
 	kvmaccess_vm_exit();
 	kvmaccess_memory_exit();
-	/* Entries that requests let go of last. */
-	rcu_barrier();
 }
 
 module_init(kvmaccess_init);

@@ -26,8 +26,9 @@
 
 static struct genl_family family;
 
+/* Takes none; with no policy at all it would take any. */
 static const struct nla_policy info_policy[] = {
-	[KVMACCESS_A_INFO_UNSPEC]	= { .type = NLA_REJECT },
+	[KVMACCESS_A_INFO_VERSION]	= { .type = NLA_REJECT },
 };
 
 static const struct nla_policy vm_policy[] = {

@@ -8,8 +8,9 @@
  * freed, ends it by setting ->gone; the walk of vm_list makes entries for
  * addresses that have no living one.
  *
- * References: kvm_put_kvm() of the last reference destroys the VM. Between
- * two requests none is held, so a VM goes when its VMM goes.
+ * References: between two requests none is held, so a VM goes when its VMM
+ * goes. Where that happens during a request, dropping the request's reference
+ * destroys the VM, which can take long: it is left to a work item then.
  *
  * Locks: vms_mutex protects the list and the hash table and is taken before
  * kvm_lock. Nothing of KVM calls here but the probes, which take no lock at
@@ -43,10 +44,34 @@ static bool announcing;
 static bool stopped;
 static bool has_create_probe;
 
+static struct workqueue_struct *wq;
+
 static void free_entry(struct kvmaccess_vm *vm)
 {
 	if (refcount_dec_and_test(&vm->refs))
 		kfree_rcu(vm, rcu);
+}
+
+static void last_put_fn(struct work_struct *work)
+{
+	struct kvmaccess_vm *vm = container_of(work, struct kvmaccess_vm, last_put);
+
+	kvm_put_kvm(vm->kvm);
+	free_entry(vm);
+}
+
+/* Drop the reference to the VM and that to its entry. */
+static void release(struct kvmaccess_vm *vm)
+{
+	/*
+	 * At one this is the only holder, and the reference goes to the work
+	 * item with the entry's. It cannot be queued already: it would have a
+	 * reference of its own then, and the count would not be one.
+	 */
+	if (refcount_dec_not_one(&vm->kvm->users_count))
+		free_entry(vm);
+	else
+		queue_work(wq, &vm->last_put);
 }
 
 static struct kvmaccess_vm *find_by_address(struct kvm *kvm)
@@ -83,13 +108,14 @@ static bool hold(struct kvmaccess_vm *vm)
 	}
 	mutex_unlock(kvmaccess_ksyms.lock);
 
-	if (held && READ_ONCE(vm->gone)) {
-		kvm_put_kvm(kvm);
-		held = false;
+	if (!held)
+		return false;
+	refcount_inc(&vm->refs);
+	if (READ_ONCE(vm->gone)) {
+		release(vm);
+		return false;
 	}
-	if (held)
-		refcount_inc(&vm->refs);
-	return held;
+	return true;
 }
 
 static pid_t tgid_of(struct pid *pid, void *arg)
@@ -159,6 +185,7 @@ static void walk(void)
 			vm = spare;
 			spare = NULL;
 			refcount_set(&vm->refs, 1);
+			INIT_WORK(&vm->last_put, last_put_fn);
 			vm->kvm = kvm;
 			vm->id = ++last_id;
 			vm->seen = ktime_get_boottime_ns();
@@ -207,7 +234,7 @@ static DECLARE_WORK(walk_work, walk_work_fn);
 
 static void kick_fn(struct irq_work *work)
 {
-	schedule_work(&walk_work);
+	queue_work(wq, &walk_work);
 }
 
 static DEFINE_IRQ_WORK(kick, kick_fn);
@@ -318,8 +345,7 @@ struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after)
 
 void kvmaccess_vm_put(struct kvmaccess_vm *vm)
 {
-	kvm_put_kvm(vm->kvm);
-	free_entry(vm);
+	release(vm);
 }
 
 /* @vm is held. */
@@ -379,22 +405,33 @@ void kvmaccess_vm_stop(void)
 	cancel_work_sync(&walk_work);
 }
 
+/* Nobody holds a VM any more. */
+
 void kvmaccess_vm_exit(void)
 {
 	struct kvmaccess_vm *vm, *next;
 
+	/* The last references that requests dropped. */
+	destroy_workqueue(wq);
 	list_for_each_entry_safe(vm, next, &vms, list)
-		kfree(vm);
+		free_entry(vm);
+	/* Entries that are freed after a grace period. */
+	rcu_barrier();
 }
 
 int __init kvmaccess_vm_init(void)
 {
 	int err;
 
+	wq = alloc_workqueue("kvmaccess", WQ_UNBOUND, 0);
+	if (!wq)
+		return -ENOMEM;
+
 	/* The probe comes first: no VM may go unseen once it is known. */
 	err = register_kprobe(&destroy_probe);
 	if (err) {
 		pr_err("kvm_arch_destroy_vm() cannot be probed: error %d\n", err);
+		destroy_workqueue(wq);
 		return err;
 	}
 

@@ -5,6 +5,7 @@
 #include <linux/kvm_host.h>
 #include <linux/list.h>
 #include <linux/refcount.h>
+#include <linux/workqueue.h>
 
 #include "account.h"
 
@@ -19,6 +20,7 @@ struct kvmaccess_vm {
 	struct hlist_node hash;
 	struct list_head list;
 	struct rcu_head rcu;
+	struct work_struct last_put;
 	refcount_t refs;
 	bool gone;
 	bool fresh;
