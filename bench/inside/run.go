@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: MIT
+
+package inside
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/kvmaccess/kvmaccess/bench/sample"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/boot"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/guest"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
+)
+
+// guestName is the name of the guest that is watched.
+const guestName = "watched"
+
+// Run carries out a plan on this host and emits what it finds. The host is one
+// that vmfixture booted.
+func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Message) error) (err error) {
+	payload := os.Getenv(host.Env)
+	if payload == "" {
+		return fmt.Errorf("%s is not set: this runs under 'vmfixture run'", host.Env)
+	}
+	if err := boot.LoadModule(filepath.Join(payload, host.ModuleFile), ""); err != nil {
+		return err
+	}
+	about, err := describe()
+	if err != nil {
+		return err
+	}
+	if err := emit(Message{Host: about}); err != nil {
+		return err
+	}
+
+	dir, err := os.MkdirTemp("", "bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	log.Info("starting the guest")
+	g, err := guest.Start(ctx, guest.Config{Name: guestName})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, g.Kill()) }()
+	symbols := filepath.Join(dir, guestName+".kallsyms")
+	if err := g.WriteSymbols(ctx, symbols); err != nil {
+		return err
+	}
+	loops, err := startSoakers()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, loops.stop()) }()
+
+	steps := plan.Steps()
+	for i, step := range steps {
+		log.Info("sample", "of", len(steps), "number", i+1, "repetition", step.Repetition, "period", step.Period)
+		d := &daemonRun{dir: filepath.Join(dir, fmt.Sprint("sample-", i+1)), symbols: symbols, period: step.Period}
+		s, err := take(ctx, plan, step, d, loops)
+		if err != nil {
+			return fmt.Errorf("repetition %d at %v: %w", step.Repetition, step.Period, err)
+		}
+		s.Order = i + 1
+		if err := s.Validate(); err != nil {
+			return err
+		}
+		if err := emit(Message{Sample: s}); err != nil {
+			return err
+		}
+	}
+	return emit(Message{Done: true})
+}
+
+// margin is between a look at the product's account and the monitored window,
+// at both ends: time for the request to be over.
+const margin = 20 * time.Millisecond
+
+// take takes one sample.
+func take(ctx context.Context, plan sample.Plan, step sample.Step, d *daemonRun, loops soakers) (_ *sample.Sample, err error) {
+	s := &sample.Sample{Clock: plan.Clock, Repetition: step.Repetition, Period: step.Period, CPUs: len(loops)}
+	if s.Off, err = loops.window(ctx, step.Window()/2); err != nil {
+		return nil, err
+	}
+	if err := d.start(ctx); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.kill())
+		}
+	}()
+	before, err := d.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := pause(ctx, margin); err != nil {
+		return nil, err
+	}
+	if s.On, err = loops.window(ctx, step.Window()); err != nil {
+		return nil, err
+	}
+	if err := pause(ctx, margin); err != nil {
+		return nil, err
+	}
+	after, err := d.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	again, err := d.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if s.Account, err = account(before, after, again); err != nil {
+		return nil, err
+	}
+	if err := d.stop(ctx); err != nil {
+		return nil, err
+	}
+	off, err := loops.window(ctx, step.Window()/2)
+	if err != nil {
+		return nil, err
+	}
+	s.Off = s.Off.Add(off)
+	return s, nil
+}
+
+func pause(ctx context.Context, length time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(length):
+		return nil
+	}
+}
+
+func describe() (*Host, error) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return nil, fmt.Errorf("uname: %w", err)
+	}
+	clock, err := os.ReadFile("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+	if err != nil {
+		return nil, err
+	}
+	return &Host{
+		Kernel:      unix.ByteSliceToString(u.Release[:]),
+		CPUs:        runtime.NumCPU(),
+		Clocksource: strings.TrimSpace(string(clock)),
+	}, nil
+}

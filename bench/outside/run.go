@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: MIT
+
+package outside
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/kvmaccess/kvmaccess/bench/inside"
+	"github.com/kvmaccess/kvmaccess/bench/sample"
+)
+
+// Run is one run of a plan on an emulated host.
+type Run struct {
+	Plan    sample.Plan
+	CPUs    int           // of the host; the instruction clock has one
+	Dir     string        // with the programs
+	Timeout time.Duration // for all of it
+	Log     *slog.Logger
+}
+
+// Take boots a host, has the samples taken there, and returns them in the
+// order in which they were taken. What came before an error is returned with
+// it.
+func (r *Run) Take(ctx context.Context) (*inside.Host, []sample.Sample, error) {
+	plan, err := json.Marshal(r.Plan)
+	if err != nil {
+		return nil, nil, err
+	}
+	args := []string{"run", "--timeout", r.Timeout.String()}
+	if r.Plan.Clock == sample.Icount {
+		args = append(args, "--icount")
+	} else {
+		args = append(args, "--smp", strconv.Itoa(r.CPUs))
+	}
+	args = append(args,
+		"--file", filepath.Join(r.Dir, "kvmaccessd"),
+		"--", filepath.Join(r.Dir, "benchinside"), string(plan))
+	cmd := exec.CommandContext(ctx, filepath.Join(r.Dir, "vmfixture"), args...)
+	// It takes its emulator down with it.
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = 30 * time.Second
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, nil, err
+	}
+	host, samples, err := r.receive(out)
+	return host, samples, errors.Join(err, cmd.Wait())
+}
+
+// receive reads messages to the last.
+func (r *Run) receive(from io.Reader) (host *inside.Host, samples []sample.Sample, err error) {
+	defer func() { // so that the sender does not wait for a reader
+		if _, drain := io.Copy(io.Discard, from); drain != nil {
+			err = errors.Join(err, drain)
+		}
+	}()
+	want := len(r.Plan.Steps())
+	start := time.Now()
+	decoder := json.NewDecoder(from)
+	for {
+		var m inside.Message
+		switch err := decoder.Decode(&m); {
+		case err == io.EOF:
+			return host, samples, fmt.Errorf("the run ended after %d of %d samples", len(samples), want)
+		case err != nil:
+			rest, _ := io.ReadAll(io.LimitReader(decoder.Buffered(), 200))
+			return host, samples, fmt.Errorf("after %d of %d samples: %w, before %q", len(samples), want, err, bytes.TrimSpace(rest))
+		}
+		switch {
+		case m.Host != nil:
+			host = m.Host
+			start = time.Now()
+		case m.Sample != nil:
+			samples = append(samples, *m.Sample)
+			if every := len(r.Plan.Periods); len(samples)%every == 0 {
+				took := time.Since(start)
+				left := took / time.Duration(len(samples)) * time.Duration(want-len(samples))
+				r.Log.Info("repetition is done", "clock", r.Plan.Clock, "number", len(samples)/every, "of", r.Plan.Repetitions,
+					"left", left.Round(time.Second))
+			}
+		case m.Done:
+			if host == nil || len(samples) != want {
+				return host, samples, fmt.Errorf("the run says it is done after %d of %d samples", len(samples), want)
+			}
+			return host, samples, nil
+		}
+	}
+}

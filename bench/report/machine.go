@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+
+package report
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+)
+
+// Machine is what a run was made on.
+type Machine struct {
+	Processor string // of the machine that emulates
+	CPUs      int    // of it
+	System    string // of it
+	Emulator  string
+	Kernel    string // of the emulated host and its guest
+	Go        string
+}
+
+// ThisMachine describes the machine that this runs on. What cannot be found
+// out is said to be unknown.
+func ThisMachine() Machine {
+	m := Machine{
+		Processor: field("/proc/cpuinfo", "model name", ":"),
+		CPUs:      runtime.NumCPU(),
+		System:    strings.Trim(field("/etc/os-release", "PRETTY_NAME", "="), `"`),
+		Emulator:  "unknown",
+		Kernel:    "unknown",
+		Go:        runtime.Version(),
+	}
+	if out, err := exec.Command("qemu-system-x86_64", "--version").Output(); err == nil {
+		m.Emulator, _, _ = strings.Cut(string(out), "\n")
+	}
+	return m
+}
+
+// field is the value of the first line "key SEPARATOR value" of a file.
+func field(file, key, separator string) string {
+	f, err := os.Open(file)
+	if err != nil {
+		return fmt.Sprintf("unknown (%v)", err)
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		if name, value, ok := strings.Cut(lines.Text(), separator); ok && strings.TrimSpace(name) == key {
+			return strings.TrimSpace(value)
+		}
+	}
+	return "unknown"
+}
