@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MIT
+
+package daemon
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/kvmaccess/kvmaccess/userspace/integrity"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
+)
+
+// Defaults of Config.
+const (
+	DefaultConfig   = "/etc/kvmaccess/kvmaccessd.yaml"
+	DefaultStateDir = "/var/lib/kvmaccess"
+	DefaultFindings = "findings.jsonl" // in the state directory
+	DefaultPeriod   = time.Second
+	DefaultRelist   = time.Minute
+	DefaultKeep     = 100_000
+)
+
+// Bounds of a period.
+const (
+	MinPeriod = time.Millisecond
+	MaxPeriod = 24 * time.Hour
+)
+
+// Config is what the daemon is told: defaults, then the file, then flags.
+type Config struct {
+	// Period at which each VM is checked, MinPeriod to MaxPeriod.
+	Period time.Duration `yaml:"period"`
+	// Socket of the API.
+	Socket string `yaml:"socket"`
+	// StateDir is a directory for what survives a restart.
+	StateDir string `yaml:"state_dir"`
+	// Findings is the file that findings are appended to, "-" for standard
+	// output; "" for DefaultFindings in StateDir.
+	Findings string `yaml:"findings"`
+	// Symbols is a symbol file (kallsyms or System.map) for all guests that
+	// have none of their own; "": none.
+	Symbols string `yaml:"symbols"`
+	// Relist is how often the VMs are listed anew, in case an event was lost.
+	Relist time.Duration `yaml:"relist"`
+	// Keep is how many findings the API can look back on.
+	Keep uint64 `yaml:"keep"`
+	// LogLevel is debug, info, warn or error.
+	LogLevel slog.Level `yaml:"log_level"`
+	// VMs are settings of single VMs, by name or UUID.
+	VMs map[string]VMConfig `yaml:"vms"`
+}
+
+// VMConfig is what differs for one VM.
+type VMConfig struct {
+	Period  time.Duration           `yaml:"period"`  // 0: Config.Period
+	Symbols string                  `yaml:"symbols"` // "": Config.Symbols
+	Ranges  []integrity.MemoryRange `yaml:"ranges"`  // further guest memory to watch; needs symbols if by symbol
+}
+
+// Default is the configuration without a file and flags.
+func Default() Config {
+	return Config{
+		Period:   DefaultPeriod,
+		Socket:   DefaultSocket,
+		StateDir: DefaultStateDir,
+		Relist:   DefaultRelist,
+		Keep:     DefaultKeep,
+	}
+}
+
+// Load reads a file over c. A missing one is an error only if required.
+func (c *Config) Load(path string, required bool) error {
+	text, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) && !required {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("configuration: %w", err)
+	}
+	dec := yaml.NewDecoder(bytes.NewReader(text))
+	dec.KnownFields(true)
+	if err := dec.Decode(c); err != nil && err != io.EOF {
+		return fmt.Errorf("configuration %s: %s", path, plain(err))
+	}
+	if err := dec.Decode(new(Config)); err != io.EOF {
+		return fmt.Errorf("configuration %s: it has more than one YAML document", path)
+	}
+	return nil
+}
+
+var yamlTypes = regexp.MustCompile(`field (\S+) not found in type \S+`)
+
+// plain rewords errors of the YAML library that speak of Go types.
+func plain(err error) string {
+	var bad *yaml.TypeError
+	if !errors.As(err, &bad) {
+		return strings.TrimPrefix(err.Error(), "yaml: ")
+	}
+	lines := make([]string, len(bad.Errors))
+	for i, line := range bad.Errors {
+		line = yamlTypes.ReplaceAllString(line, "there is no setting $1 here")
+		line = strings.ReplaceAll(line, "into time.Duration", "as a duration (write it with a unit: 500ms, 1s)")
+		lines[i] = line
+	}
+	return strings.Join(lines, "; ")
+}
+
+// Check says what is wrong with the configuration, and fills in what depends
+// on other settings.
+func (c *Config) Check() error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	period := func(what string, p time.Duration) {
+		if p < MinPeriod || p > MaxPeriod {
+			bad("%s is %v: periods go from %v to %v", what, p, MinPeriod, MaxPeriod)
+		}
+	}
+	period("period", c.Period)
+	if c.Relist < 100*time.Millisecond {
+		bad("relist is %v: it must be 100ms or more", c.Relist)
+	}
+	if c.Keep == 0 {
+		bad("keep is 0: at least one finding must be kept")
+	}
+	if c.StateDir == "" {
+		bad("state_dir is empty: name a directory")
+	}
+	if c.Socket == "" {
+		bad("socket is empty: name a path")
+	} else if len(c.Socket) > maxSocketPath {
+		bad("socket %s is %d bytes long: a unix socket's path has at most %d", c.Socket, len(c.Socket), maxSocketPath)
+	}
+	if c.Findings == "" {
+		c.Findings = filepath.Join(c.StateDir, DefaultFindings)
+	}
+	for name, vm := range c.VMs {
+		if vm.Period != 0 {
+			period(fmt.Sprintf("period of VM %q", name), vm.Period)
+		}
+		for i, r := range vm.Ranges {
+			if r.Length == 0 || r.Length > kvmaccess.MaxBytes {
+				bad("range %d of VM %q is %d bytes long: 1 to %d", i+1, name, r.Length, kvmaccess.MaxBytes)
+			}
+			if (r.Symbol == "") == (r.Address == 0) {
+				bad("range %d of VM %q: give either a symbol or an address", i+1, name)
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// maxSocketPath leaves room for the name that the socket is made under, in
+// the 107 bytes of unix(7).
+const maxSocketPath = 107 - len(socketSuffix)
+
+// SetSymbols takes what --symbols is given: FILE, or VM=FILE for one VM by
+// name or UUID.
+func (c *Config) SetSymbols(arg string) error {
+	name, file, ok := strings.Cut(arg, "=")
+	if !ok || strings.Contains(name, "/") {
+		c.Symbols = arg
+		return nil
+	}
+	if name == "" || file == "" {
+		return fmt.Errorf("%q is neither FILE nor VM=FILE", arg)
+	}
+	c.change(name, func(vm *VMConfig) { vm.Symbols = file })
+	return nil
+}
+
+// SetPeriod takes what --period is given: DURATION, or VM=DURATION for one VM
+// by name or UUID.
+func (c *Config) SetPeriod(arg string) error {
+	name, text, ok := strings.Cut(arg, "=")
+	if !ok {
+		text = arg
+	}
+	p, err := time.ParseDuration(text)
+	if err != nil || ok && name == "" {
+		return fmt.Errorf("%q is neither a duration with a unit (500ms, 1s) nor VM=DURATION", arg)
+	}
+	if !ok {
+		c.Period = p
+		return nil
+	}
+	c.change(name, func(vm *VMConfig) { vm.Period = p })
+	return nil
+}
+
+func (c *Config) change(name string, set func(*VMConfig)) {
+	if c.VMs == nil {
+		c.VMs = map[string]VMConfig{}
+	}
+	vm := c.VMs[name]
+	set(&vm)
+	c.VMs[name] = vm
+}
+
+// vm is the configuration of one VM. Settings for its UUID go before those for
+// its name.
+func (c *Config) vm(name, uuid string) VMConfig {
+	vm := VMConfig{Period: c.Period, Symbols: c.Symbols}
+	for _, key := range []string{name, strings.ToLower(uuid)} {
+		if key == "" {
+			continue
+		}
+		for id, own := range c.VMs {
+			if id != key && (key != strings.ToLower(uuid) || strings.ToLower(id) != key) {
+				continue
+			}
+			if own.Period != 0 {
+				vm.Period = own.Period
+			}
+			if own.Symbols != "" {
+				vm.Symbols = own.Symbols
+			}
+			if own.Ranges != nil {
+				vm.Ranges = own.Ranges
+			}
+		}
+	}
+	return vm
+}
