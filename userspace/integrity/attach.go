@@ -469,5 +469,34 @@ func (m *Monitor) reread(ctx context.Context) error {
 	for i := range m.objects {
 		m.objects[i].dirty = true
 	}
-	return m.evaluate(ctx)
+	if err := m.evaluate(ctx); err != nil {
+		return err
+	}
+	m.forget()
+	return nil
+}
+
+// forget drops what is known of tables that vCPUs had for themselves and have
+// no more.
+func (m *Monitor) forget() {
+	if m.g == nil {
+		return
+	}
+	for k, t := range m.items {
+		if k.check != checkIDT || k.object != "idt" || k.vcpu < 0 {
+			continue
+		}
+		for _, cpu := range m.g.CPUs {
+			if int64(cpu.ID) != k.vcpu || cpu.IDTR != m.g.IDT {
+				continue
+			}
+			if t.open != nil {
+				f := m.cleared(&t.last, t)
+				f.New = nil
+				f.Message = fmt.Sprintf("%s: the vCPU does not use that table any more", t.last.subject(m.vm))
+				m.emit(f)
+			}
+			delete(m.items, k)
+		}
+	}
 }

@@ -176,9 +176,17 @@ func gdtItems(g *Guest, cpu *kvmaccess.VCPU, data []byte, err error) []Item {
 			it.Value.Value = Hex(raw)
 		}
 		items = append(items, it)
+		if d.Wide && d.Index != tss64 && d.Index != ldt64 {
+			// The gate, or what else does not belong here, says it all.
+			items = append(items, Item{Check: checkGDT, Object: "gdt", VCPU: ref(cpu.ID), Entry: ref(d.Index + 1), Name: names[d.Index+1], Raw: partRaw})
+		}
 	}
 	return items
 }
+
+// partRaw marks the entry that is the second half of another one; it compares
+// equal to everything.
+const partRaw = "part"
 
 // volatileEntry says whether the entry changes as programs come and go.
 func volatileEntry(d guest.Descriptor, long bool) bool {

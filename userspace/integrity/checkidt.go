@@ -63,7 +63,7 @@ func idtLength(g *Guest, r kvmaccess.TableRegister) uint32 {
 // idtrItems: Linux maps the table read-only at a fixed place of its own
 // (CPU_ENTRY_AREA_RO_IDT, since 4.15), the same for all CPUs.
 func idtrItems(g *Guest, cpu *kvmaccess.VCPU) []Item {
-	it := Item{Check: checkIDT, Object: "idtr", VCPU: ref(cpu.ID), Scope: ScopeBoot}
+	it := Item{Check: checkIDT, Object: "idtr", VCPU: ref(cpu.ID), Name: "IDTR", Scope: ScopeBoot}
 	it.Value = g.value(cpu.IDTR.Base)
 	it.Value.Detail = fmt.Sprintf("limit %#x", cpu.IDTR.Limit)
 	it.Raw = it.Value.Detail
@@ -272,8 +272,9 @@ func (s stubs) fits(gate guest.Gate) bool {
 	return false
 }
 
-// reservedVectors are exceptions that only some processors have.
-func reservedVector(vector int) bool { return vector >= 20 && vector < 32 }
+// optional says whether a kernel may lack a handler for an exception: one that
+// only some processors have, or machine checks, which can be configured out.
+func optional(vector int) bool { return vector == 18 || vector >= 20 && vector < 32 }
 
 // findEarly finds the row of handlers that the kernel booted with, of 9 bytes
 // each or, with ENDBR, 13: by its symbol or by the gates that still point
@@ -287,7 +288,7 @@ func (s *stubs) findEarly(g *Guest, gates []guest.Gate) {
 	for _, stride := range []uint64{9, 13} {
 		votes := map[uint64]int{}
 		for _, gate := range gates {
-			if !reservedVector(gate.Vector) || !gate.Present {
+			if !optional(gate.Vector) || !gate.Present {
 				continue
 			}
 			start := gate.Handler - uint64(gate.Vector)*stride
@@ -305,6 +306,6 @@ func (s *stubs) findEarly(g *Guest, gates []guest.Gate) {
 // early says whether an exception that the kernel knows nothing of still has
 // the handler that the kernel booted with.
 func (s stubs) early(gate guest.Gate) bool {
-	return reservedVector(gate.Vector) && s.earlyStart != 0 &&
+	return optional(gate.Vector) && s.earlyStart != 0 &&
 		gate.Handler == s.earlyStart+uint64(gate.Vector)*s.earlyStride
 }

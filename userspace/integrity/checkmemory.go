@@ -93,7 +93,7 @@ func (MemoryCheck) Objects(g *Guest) []Object {
 }
 
 func memoryItems(r MemoryRange, data []byte, err error) []Item {
-	it := Item{Check: checkMemory, Object: r.name(), Name: "memory " + r.name(), Scope: ScopeBoot}
+	it := Item{Check: checkMemory, Object: r.name(), Scope: ScopeBoot}
 	if data == nil {
 		it.Value.Detail, it.Raw = "unreadable", "unreadable"
 		it.Fault = fmt.Sprintf("it cannot be read: %v", err)

@@ -61,6 +61,9 @@ func (it *Item) same(base *Item, delta uint64) bool {
 	if base.Scope == ScopeImage {
 		old += Hex(delta)
 	}
+	if it.Raw == partRaw || base.Raw == partRaw {
+		return true
+	}
 	if it.Flag && base.Flag {
 		return it.Value.Value >= old
 	}
@@ -90,6 +93,8 @@ func (it *Item) subject(vm VM) string {
 		if it.Name != "" {
 			name += " (" + it.Name + ")"
 		}
+	} else if it.Check == checkMemory {
+		name = "memory " + it.Object
 	} else if it.Name != "" {
 		name = it.Name
 	}
