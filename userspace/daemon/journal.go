@@ -154,9 +154,7 @@ func (j *journal) finish(stop func(), done <-chan struct{}) bool {
 func (j *journal) guest(id identity) guestState {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	g := *j.entry(id)
-	g.Open = maps.Clone(g.Open)
-	return g
+	return *j.entry(id)
 }
 
 // entry finds or makes a guest's state. j.mu is held.
@@ -167,44 +165,29 @@ func (j *journal) entry(id identity) *guestState {
 		g = &guestState{Identity: id}
 		j.guests[key] = g
 	}
-	if g.Open == nil {
-		g.Open = map[string]integrity.Finding{}
-	}
 	return g
 }
 
-// raise takes up findings of a guest, but for those that it has already and
-// that are still open. It returns how many are new.
-func (j *journal) raise(id identity, findings ...integrity.Finding) int {
-	if len(findings) == 0 {
-		return 0
-	}
+// raise takes up findings of a guest, and with them the baseline that says that
+// they are open: both are stored, or neither is. b must not change after. It
+// returns how many findings there was room for.
+func (j *journal) raise(id identity, b *integrity.Baseline, findings ...integrity.Finding) int {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	g := j.entry(id)
 	n := 0
 	for _, f := range findings {
-		key := f.Key()
-		old, open := g.Open[key]
-		if open && same(old, f) {
-			continue
-		}
 		if !j.room() {
 			continue
-		}
-		switch f.Kind {
-		case integrity.KindCleared:
-			delete(g.Open, key)
-		case integrity.KindRestarted:
-			clear(g.Open) // of the kernel that is gone
-		default:
-			g.Open[key] = f
 		}
 		g.Findings++
 		j.last++
 		j.raised++
 		n++
 		j.unstored = append(j.unstored, Record{Seq: j.last, Finding: f})
+	}
+	if b.Version != 0 {
+		g.Baseline = b
 	}
 	j.dirty[id.key()] = struct{}{}
 	j.notify()
@@ -227,35 +210,11 @@ func (j *journal) room() bool {
 	return false
 }
 
-// same says whether a finding tells nothing that an open one has not told.
-func same(old, f integrity.Finding) bool {
-	value := func(v *integrity.Value) (integrity.Hex, string, bool) {
-		if v == nil {
-			return 0, "", false
-		}
-		return v.Value, v.Detail, true
-	}
-	oldValue, oldDetail, oldHas := value(old.New)
-	newValue, newDetail, newHas := value(f.New)
-	return old.Kind == f.Kind && oldHas == newHas && oldValue == newValue && oldDetail == newDetail
-}
-
-// setBaseline keeps what a guest is compared with. b must not change after.
-func (j *journal) setBaseline(id identity, b *integrity.Baseline) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.entry(id).Baseline = b
-	j.dirty[id.key()] = struct{}{}
-	j.notify()
-}
-
-// rebase forgets the baseline of a guest and its open findings.
+// rebase forgets the baseline of a guest, and which findings are open.
 func (j *journal) rebase(id identity) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	g := j.entry(id)
-	g.Baseline = nil
-	clear(g.Open)
+	j.entry(id).Baseline = nil
 	j.dirty[id.key()] = struct{}{}
 	j.notify()
 }
@@ -367,7 +326,6 @@ func (j *journal) storeBatch() (more bool, err error) {
 		g := j.guests[key]
 		if g != nil {
 			copied := *g
-			copied.Open = maps.Clone(g.Open)
 			g = &copied
 		}
 		w.guests[key] = g

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -42,21 +41,23 @@ type keeper struct {
 
 	// For one goroutine at a time: the keeper's, or that of the lane that has
 	// the job.
-	monitor monitor
-	memory  *coldMemory
-	quick   int // ticks in succession that had no slow read
-	outcome outcome
-	failure error // why the outcome is outcomeFailed
+	monitor  monitor
+	memory   *coldMemory
+	quick    int // ticks in succession that had no slow read
+	outcome  outcome
+	findings []integrity.Finding // not in the journal yet
+	failure  error               // that is the outcome, if that is outcomeFailed
 
 	mu       sync.Mutex
 	state    State
 	reason   string
-	file     string     // symbol file in use
-	lacks    string     // why there is none, though there should be
-	taken    *time.Time // of the baseline
-	restart  context.CancelFunc
-	anew     bool // the baseline is to be taken anew
-	released bool // of all watching
+	file     string             // symbol file in use
+	lacks    string             // why there is none, though there should be
+	taken    *time.Time         // of the baseline
+	restart  context.CancelFunc // ends the watch
+	leave    context.CancelFunc // ends the stay on a lane
+	anew     chan struct{}      // closed when the baseline was dropped on request; nil: it is not to be
+	released bool               // of all watching
 	vcpus    int
 	ram      uint64 // bytes
 }
@@ -65,14 +66,15 @@ type keeper struct {
 type outcome int
 
 const (
-	outcomeNone    outcome = iota // it goes on
-	outcomeStopped                // it was told to stop
-	outcomeGone                   // the VM is no more
-	outcomeModule                 // the module does not answer
-	outcomeFailed                 // the VM cannot be read
-	outcomeChanged                // another kernel runs, or none any more
-	outcomeSlow                   // its memory is not all resident
-	outcomeQuick                  // its memory is resident again
+	outcomeNone     outcome = iota // it goes on as it was
+	outcomeStopped                 // it was told to stop
+	outcomeGone                    // the VM is no more
+	outcomeModule                  // the module does not answer
+	outcomeFailed                  // the VM cannot be read
+	outcomeFindings                // there are findings
+	outcomeChanged                 // the guest restarts, or something else is to be looked at anew
+	outcomeSlow                    // its memory is not all resident
+	outcomeQuick                   // its memory is resident again
 )
 
 // How long a keeper waits before it looks again at a guest that is not up or
@@ -97,33 +99,65 @@ func (k *keeper) run(ctx context.Context) {
 		k.watch(watch)
 		cancel()
 
-		k.mu.Lock()
-		anew := k.anew
-		k.anew = false
-		if anew {
-			k.journal.rebase(k.id)
-			k.taken = nil
-		} else {
-			k.released = true
-		}
-		k.mu.Unlock()
-		if !anew {
+		if !k.next() {
 			return
 		}
 	}
 }
 
-// rebase makes the VM's present state its baseline. It returns false if the VM
-// is not watched any more.
-func (k *keeper) rebase() bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.released || k.restart == nil {
+// ended says whether run has.
+func (k *keeper) ended() bool {
+	select {
+	case <-k.done:
+		return true
+	default:
 		return false
 	}
-	k.anew = true
-	k.restart()
+}
+
+// next says whether there is another watch to begin.
+func (k *keeper) next() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.anew == nil {
+		k.released = true
+		return false
+	}
+	k.journal.rebase(k.id)
+	k.taken, k.findings = nil, nil
+	close(k.anew)
+	k.anew = nil
 	return true
+}
+
+// rebase drops the VM's baseline, so that its present state becomes the new
+// one. It returns false if the VM is not watched any more.
+func (k *keeper) rebase(ctx context.Context) bool {
+	k.mu.Lock()
+	if k.released || k.restart == nil {
+		k.mu.Unlock()
+		return false
+	}
+	if k.anew == nil {
+		k.anew = make(chan struct{})
+	}
+	dropped := k.anew
+	k.restart()
+	k.mu.Unlock()
+	select {
+	case <-dropped:
+	case <-ctx.Done():
+	}
+	return true
+}
+
+// look has the keeper look at the whole VM anew.
+func (k *keeper) look() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.leave != nil {
+		k.leave()
+	}
 }
 
 // watch watches the VM with one monitor.
@@ -138,16 +172,28 @@ func (k *keeper) watch(ctx context.Context) {
 		<-ctx.Done()
 		return
 	}
+	defer k.finish()
+	result := outcomeChanged
 	for first := true; k.attach(ctx); first = false {
-		k.settle(first)
+		if result == outcomeChanged || !k.watching() {
+			k.settle()
+		}
 		if first {
 			k.settled()
 		}
-		switch k.stay(ctx) {
+		result = k.stay(ctx)
+		k.report(ctx)
+		switch result {
 		case outcomeStopped, outcomeGone, outcomeModule:
 			return
 		}
 	}
+}
+
+func (k *keeper) watching() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.state == StateWatching
 }
 
 func (k *keeper) subject() string { return "symbols of " + k.name() }
@@ -186,7 +232,10 @@ func (k *keeper) prepare() error {
 func (k *keeper) attach(ctx context.Context) bool {
 	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
 		findings, err := k.monitor.Tick(ctx)
-		switch k.judge(ctx, findings, err) {
+		k.findings = append(k.findings, findings...)
+		result := k.judge(ctx, err)
+		k.report(ctx)
+		switch result {
 		case outcomeStopped, outcomeGone, outcomeModule:
 			return false
 		case outcomeFailed:
@@ -201,6 +250,7 @@ func (k *keeper) attach(ctx context.Context) bool {
 				return true
 			}
 			k.set(StateWaiting, status.Reason)
+			k.job.next = 0 // no tick is missed of a guest that is not up
 		}
 		select {
 		case <-time.After(wait):
@@ -211,19 +261,11 @@ func (k *keeper) attach(ctx context.Context) bool {
 }
 
 // settle takes down how the monitor fares, now that there is a baseline.
-func (k *keeper) settle(first bool) {
-	baseline := k.monitor.Baseline()
+func (k *keeper) settle() {
+	k.save()
 	status := k.monitor.Status()
-	known := k.journal.guest(k.id)
-	if known.Baseline == nil || !known.Baseline.Taken.Equal(baseline.Taken) {
-		k.journal.setBaseline(k.id, &baseline)
-	}
-	if first {
-		k.journal.raise(k.id, k.ended(known.Open, status)...)
-	}
-	k.mu.Lock()
-	k.taken = &baseline.Taken
 	reasons := status.Problems
+	k.mu.Lock()
 	if k.lacks != "" {
 		reasons = append([]string{k.lacks}, reasons...)
 	}
@@ -231,42 +273,73 @@ func (k *keeper) settle(first bool) {
 	k.set(StateWatching, strings.Join(reasons, "; "))
 }
 
-// ended clears the findings that were open when the daemon stopped and that do
-// not hold any more.
-func (k *keeper) ended(open map[string]integrity.Finding, status integrity.Status) []integrity.Finding {
-	for _, f := range k.monitor.Findings() {
-		delete(open, f.Key())
+// save keeps the baseline, with findings if there are any.
+func (k *keeper) save(findings ...integrity.Finding) {
+	baseline := k.monitor.Baseline()
+	n := k.journal.raise(k.id, &baseline, findings...)
+	k.account.findings.Add(uint64(n))
+	if baseline.Version != 0 {
+		k.mu.Lock()
+		k.taken = &baseline.Taken
+		k.mu.Unlock()
 	}
-	var cleared []integrity.Finding
-	for _, f := range open {
-		named := f.Old != nil && f.Old.Symbol != "" || f.New != nil && f.New.Symbol != ""
-		if named && status.Symbols == 0 {
-			continue // it was seen with symbols, and there are none now
+}
+
+// report hands findings to the journal. The monitor holds some back when there
+// are many; its baseline says of these, too, that they are open, so all must
+// come before the baseline is kept.
+func (k *keeper) report(ctx context.Context) {
+	for len(k.findings) > 0 {
+		if k.findings[len(k.findings)-1].More == 0 {
+			k.save(k.findings...)
+			k.log.Warn("findings", "count", len(k.findings), "first", k.findings[0].Message)
+			k.findings = nil
+			return
 		}
-		f.Time = time.Now()
-		f.VM.ID = k.vm.ID
-		f.Old, f.New = f.New, f.Old
-		f.Kind, f.Reason, f.More = integrity.KindCleared, "", 0
-		f.Message = "no longer so, since a time when it was not watched: " + f.Message
-		cleared = append(cleared, f)
+		more, err := k.monitor.Tick(ctx)
+		if isGone(err) {
+			k.findings = nil // of a VM in its last moments
+		}
+		k.findings = append(k.findings, more...)
+		if err != nil || len(more) == 0 {
+			return // the next tick brings the rest
+		}
 	}
-	slices.SortFunc(cleared, func(a, b integrity.Finding) int { return strings.Compare(a.Key(), b.Key()) })
-	return cleared
+}
+
+// finish keeps the last state of a VM that may go on to run.
+func (k *keeper) finish() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.anew == nil && len(k.findings) == 0 && k.monitor.State() == integrity.StateWatching && k.monitor.Status().Pending == 0 {
+		baseline := k.monitor.Baseline()
+		k.journal.raise(k.id, &baseline)
+	}
 }
 
 // stay keeps the VM on a lane until something happens to it.
 func (k *keeper) stay(ctx context.Context) outcome {
 	k.outcome = outcomeStopped
+	stop := ctx
+	ctx, leave := context.WithCancel(stop)
+	defer leave()
+	k.mu.Lock()
+	k.leave = leave
+	k.mu.Unlock()
 	if k.memory != nil {
 		k.memory.shared, k.memory.asked = true, false
 		defer func() { k.memory.shared = false }()
 	}
 	k.lane.hold(ctx, k.job)
-	if k.outcome != outcomeSlow {
-		return k.outcome
+	result := k.outcome
+	if result == outcomeSlow {
+		k.memory.shared, k.quick = false, 0
+		result = k.stayApart(ctx)
 	}
-	k.memory.shared, k.quick = false, 0
-	return k.stayApart(ctx)
+	if result == outcomeStopped && ctx.Err() != nil && stop.Err() == nil {
+		result = outcomeChanged // by look
+	}
+	return result
 }
 
 // stayApart keeps the VM on a lane of its own, where slow reads delay no other.
@@ -294,43 +367,62 @@ func (k *keeper) stayApart(ctx context.Context) outcome {
 // tick is one check on a lane. It returns false to leave the lane.
 func (k *keeper) tick(ctx context.Context) bool {
 	findings, err := k.monitor.Tick(ctx)
-	if len(findings) == 0 && err == nil && (k.memory == nil || k.memory.shared && !k.memory.asked) {
+	if len(findings) == 0 && err == nil && k.monitor.State() == integrity.StateWatching &&
+		(k.memory == nil || k.memory.shared && !k.memory.asked) {
 		return true
 	}
-	result := k.judge(ctx, findings, err)
-	if result == outcomeFailed {
+	k.findings = append(k.findings, findings...)
+	k.outcome = k.judge(ctx, err)
+	switch k.outcome {
+	case outcomeFailed:
 		k.account.failed.Add(1)
-		if errors.Is(err, kvmaccess.ErrUnsettled) {
+		if errors.Is(err, kvmaccess.ErrUnsettled) && len(findings) == 0 {
 			return true // the next tick asks again
 		}
-	}
-	if result == outcomeNone && k.memory != nil {
+	case outcomeNone:
 		switch {
-		case k.memory.asked && k.memory.shared:
-			result = outcomeSlow
-		case k.memory.asked:
-			k.quick = 0
-		case !k.memory.shared:
-			if k.quick++; k.quick == quickTicks {
-				result = outcomeQuick
-			}
+		case k.monitor.State() != integrity.StateWatching:
+			k.outcome = outcomeChanged
+		case len(findings) > 0:
+			k.outcome = outcomeFindings
+		default:
+			k.outcome = k.pace()
 		}
-		k.memory.asked = false
 	}
-	if result == outcomeNone {
-		return true
-	}
-	k.outcome = result
-	return false
+	return k.outcome == outcomeNone
 }
 
-// judge takes up what a tick found.
-func (k *keeper) judge(ctx context.Context, findings []integrity.Finding, err error) outcome {
+// pace says whether the VM is on the right lane.
+func (k *keeper) pace() outcome {
+	if k.memory == nil {
+		return outcomeNone
+	}
+	asked := k.memory.asked
+	k.memory.asked = false
+	switch {
+	case k.memory.shared && asked:
+		return outcomeSlow
+	case k.memory.shared:
+		return outcomeNone
+	case asked:
+		k.quick = 0
+	default:
+		k.quick++
+	}
+	if k.quick == quickTicks {
+		return outcomeQuick
+	}
+	return outcomeNone
+}
+
+// judge says what a tick's error makes of the VM.
+func (k *keeper) judge(ctx context.Context, err error) outcome {
 	switch {
 	case err == nil:
+		return outcomeNone
 	case isGone(err):
-		// What was found of a VM in its last moments is no finding.
 		k.log.Debug("gone", "error", err)
+		k.findings = nil // of a VM in its last moments
 		return outcomeGone
 	case ctx.Err() != nil:
 		return outcomeStopped
@@ -338,20 +430,8 @@ func (k *keeper) judge(ctx context.Context, findings []integrity.Finding, err er
 		k.moduleGone(err)
 		return outcomeModule
 	}
-	if n := k.journal.raise(k.id, findings...); n > 0 {
-		k.account.findings.Add(uint64(n))
-		k.log.Warn("findings", "count", n, "first", findings[0].Message)
-	}
-	if err != nil {
-		k.failure = err
-		return outcomeFailed
-	}
-	for _, f := range findings {
-		if f.Kind == integrity.KindRestarted {
-			return outcomeChanged
-		}
-	}
-	return outcomeNone
+	k.failure = err
+	return outcomeFailed
 }
 
 // set says how far the watch is.

@@ -215,7 +215,7 @@ func (s *server) rebaseline(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if !k.rebase() {
+	if !k.rebase(r.Context()) {
 		return fmt.Errorf("%s: %w", k.name(), errUnknownVM)
 	}
 	s.log.Info("the baseline is taken anew on request", "vm", k.name())

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"net"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
@@ -29,10 +31,9 @@ type subscription interface {
 
 // monitor watches one VM; *integrity.Monitor is one.
 type monitor interface {
-	Attach(ctx context.Context) ([]integrity.Finding, error)
 	Tick(ctx context.Context) ([]integrity.Finding, error)
+	State() integrity.State
 	Baseline() integrity.Baseline
-	Findings() []integrity.Finding
 	Status() integrity.Status
 }
 
@@ -71,7 +72,8 @@ func thisHost() host {
 
 // isGone says that a VM is no more, which is nobody's fault.
 func isGone(err error) bool {
-	return errors.Is(err, kvmaccess.ErrNoVM) || errors.Is(err, kvmaccess.ErrDying)
+	return errors.Is(err, kvmaccess.ErrNoVM) || errors.Is(err, kvmaccess.ErrDying) ||
+		errors.Is(err, unix.ESRCH) // its VMM has ended
 }
 
 // isModuleGone says that the module does not answer to this connection.

@@ -39,11 +39,9 @@ var (
 // guestState is what is kept of a VM for as long as its VMM runs.
 type guestState struct {
 	Identity identity `json:"identity"`
-	// Baseline is nil while there is none.
+	// Baseline is nil while there is none. It holds the open findings.
 	Baseline *integrity.Baseline `json:"baseline,omitempty"`
-	// Open findings, by their keys.
-	Open     map[string]integrity.Finding `json:"open,omitempty"`
-	Findings uint64                       `json:"findings"` // raised so far
+	Findings uint64              `json:"findings"` // raised so far
 }
 
 // store is what survives a restart. It is safe for concurrent use.

@@ -263,10 +263,17 @@ func (w *watcher) event(ctx context.Context, src source, e kvmaccess.Event, fail
 func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail context.CancelCauseFunc) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if k := w.keepers[vm.ID]; k != nil && k.ended() {
+		w.drop(k) // and yet the VM is there
+	}
 	if k := w.keepers[vm.ID]; k != nil {
 		k.mu.Lock()
+		changed := k.vcpus != vm.VCPUs
 		k.vcpus, k.ram = vm.VCPUs, vm.Memory
 		k.mu.Unlock()
+		if changed {
+			k.look()
+		}
 		return
 	}
 	vmm, err := w.host.identify(vm.PID)
@@ -335,9 +342,14 @@ func (w *watcher) end(id kvmaccess.VMID) *keeper {
 	<-k.done
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	delete(w.keepers, id)
-	w.retired = w.retired.add(k.account.snapshot())
+	w.drop(k)
 	return k
+}
+
+// drop drops a keeper that has ended. w.mu is held.
+func (w *watcher) drop(k *keeper) {
+	delete(w.keepers, k.vm.ID)
+	w.retired = w.retired.add(k.account.snapshot())
 }
 
 // release ends the watch of all VMs, which may go on to run.
