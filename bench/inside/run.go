@@ -63,6 +63,9 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	}
 	defer func() { err = errors.Join(err, loops.stop()) }()
 
+	if err := pause(ctx, warmUp); err != nil {
+		return err
+	}
 	steps := plan.Steps()
 	for i, step := range steps {
 		log.Info("sample", "of", len(steps), "number", i+1, "repetition", step.Repetition, "period", step.Period)
@@ -82,9 +85,17 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	return emit(Message{Done: true})
 }
 
-// margin is between a look at the product's account and the monitored window,
-// at both ends: time for the request to be over.
-const margin = 20 * time.Millisecond
+const (
+	// warmUp is from the start of the guest to the first window: a kernel
+	// that has just booted has things left to do.
+	warmUp = 5 * time.Second
+	// margin is between a look at the product's account and the monitored
+	// window, at both ends: time for the request to be over.
+	margin = 10 * time.Millisecond
+	// rest is from the end of the daemon to the next window: time for the
+	// kernel to clear up after it.
+	rest = 300 * time.Millisecond
+)
 
 // take takes one sample.
 func take(ctx context.Context, plan sample.Plan, step sample.Step, d *daemonRun, loops soakers) (_ *sample.Sample, err error) {
@@ -125,6 +136,9 @@ func take(ctx context.Context, plan sample.Plan, step sample.Step, d *daemonRun,
 		return nil, err
 	}
 	if err := d.stop(ctx); err != nil {
+		return nil, err
+	}
+	if err := pause(ctx, rest); err != nil {
 		return nil, err
 	}
 	off, err := loops.window(ctx, step.Window()/2)

@@ -48,10 +48,11 @@ func (r *Report) LoopInstructions() int { return soaker.LoopInstructions }
 func (r *Report) Lengths() string {
 	parts := make([]string, len(r.Plans))
 	for i, p := range r.Plans {
-		parts[i] = fmt.Sprintf("%s: %d repetitions with windows of at least %d periods and at least %v",
-			clockName(p.Clock), p.Repetitions, p.MinTicks, p.MinWindow)
+		parts[i] = fmt.Sprintf("%s: %d repetitions with monitored windows of %v, but of no fewer than %d and no more than %d periods",
+			clockName(p.Clock), p.Repetitions, p.Window, p.MinTicks, p.MaxTicks)
 	}
-	return strings.Join(parts, "; ")
+	text := strings.Join(parts, "; ")
+	return strings.ToUpper(text[:1]) + text[1:]
 }
 
 func clockName(c sample.Clock) string {

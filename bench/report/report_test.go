@@ -63,8 +63,8 @@ func example(t *testing.T) (*Report, []sample.Sample) {
 		Summary: &overhead.Summary{PaperPercent: overhead.PaperPercent, Curve: *claim, Check: check,
 			Seed: 42, Command: "go run ./bench/cmd/bench -seed 42", Date: "2026-01-02"},
 		Plans: []sample.Plan{
-			{Clock: sample.Icount, Repetitions: 10, MinTicks: 10, MinWindow: 10 * time.Second},
-			{Clock: sample.Wall, Repetitions: 10, MinTicks: 10, MinWindow: 10 * time.Second},
+			{Clock: sample.Icount, Repetitions: 10, MinTicks: 10, MaxTicks: 10000, Window: 10 * time.Second},
+			{Clock: sample.Wall, Repetitions: 10, MinTicks: 10, MaxTicks: 10000, Window: 10 * time.Second},
 		},
 		Machine: Machine{Processor: "a processor", CPUs: 2, System: "a system", Emulator: "an emulator", Kernel: "1.2.3", Go: "go1"},
 	}, samples

@@ -27,9 +27,13 @@ type Plan struct {
 	Clock       Clock           `json:"clock"`
 	Periods     []time.Duration `json:"periods_ns"`
 	Repetitions int             `json:"repetitions"`
-	MinTicks    int             `json:"min_ticks"`     // of a monitored window
-	MinWindow   time.Duration   `json:"min_window_ns"` // a monitored window lasts no shorter
-	Seed        uint64          `json:"seed"`          // of the order
+	// A monitored window is Window long, but has no fewer than MinTicks and
+	// no more than MaxTicks periods. The former keeps noise down where a
+	// period costs little, the latter time where it costs much.
+	MinTicks int           `json:"min_ticks"`
+	MaxTicks int           `json:"max_ticks"`
+	Window   time.Duration `json:"window_ns"`
+	Seed     uint64        `json:"seed"` // of the order
 }
 
 // Step is one sample to take.
@@ -51,7 +55,7 @@ func (p Plan) Steps() []Step {
 	for repetition := 1; repetition <= p.Repetitions; repetition++ {
 		for _, i := range random.Perm(len(p.Periods)) {
 			period := p.Periods[i]
-			ticks := max(p.MinTicks, int((p.MinWindow+period-1)/period))
+			ticks := max(p.MinTicks, min(p.MaxTicks, int(p.Window/period)))
 			steps = append(steps, Step{Repetition: repetition, Period: period, Ticks: ticks})
 		}
 	}

@@ -131,7 +131,7 @@ func FuzzReadCSV(f *testing.F) {
 }
 
 func TestSteps(t *testing.T) {
-	plan := Plan{Clock: Icount, Periods: Periods, Repetitions: 12, MinTicks: 10, MinWindow: 2 * time.Second, Seed: 42}
+	plan := Plan{Clock: Icount, Periods: Periods, Repetitions: 12, MinTicks: 10, MaxTicks: 500, Window: 2 * time.Second, Seed: 42}
 	steps := plan.Steps()
 	if len(steps) != 12*len(Periods) {
 		t.Fatalf("%d steps", len(steps))
@@ -144,6 +144,7 @@ func TestSteps(t *testing.T) {
 	if cmp.Equal(steps, other.Steps()) {
 		t.Error("another seed gives the same order")
 	}
+	lengths := map[time.Duration]int{time.Second: 10, 200 * time.Millisecond: 10, 20 * time.Millisecond: 100, time.Millisecond: 500}
 	orders := make(map[string]bool)
 	for r := range 12 {
 		seen := make(map[time.Duration]bool)
@@ -152,8 +153,8 @@ func TestSteps(t *testing.T) {
 			if s.Repetition != r+1 {
 				t.Errorf("repetition %d among those of %d", s.Repetition, r+1)
 			}
-			if s.Ticks < 10 || s.Window() < 2*time.Second || s.Window() != time.Duration(s.Ticks)*s.Period {
-				t.Errorf("%v: %d ticks, %v", s.Period, s.Ticks, s.Window())
+			if want, ok := lengths[s.Period]; ok && (s.Ticks != want || s.Window() != time.Duration(want)*s.Period) {
+				t.Errorf("%v: %d ticks, %v; want %d ticks", s.Period, s.Ticks, s.Window(), want)
 			}
 			seen[s.Period] = true
 			order = append(order, s.Period.String())
@@ -166,7 +167,7 @@ func TestSteps(t *testing.T) {
 	if len(orders) < 10 {
 		t.Errorf("%d different orders in 12 repetitions", len(orders))
 	}
-	one := Plan{Periods: []time.Duration{time.Second, time.Millisecond}, Repetitions: 1, MinTicks: 10, MinWindow: time.Second}
+	one := Plan{Periods: []time.Duration{time.Second, time.Millisecond}, Repetitions: 1, MinTicks: 10, MaxTicks: 1000, Window: time.Second}
 	if got, want := one.Duration(), 22*time.Second; got != want {
 		t.Errorf("it lasts %v, want %v", got, want)
 	}

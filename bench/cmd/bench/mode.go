@@ -19,24 +19,28 @@ type mode struct {
 var (
 	// full is within 40 minutes on two cores.
 	full = mode{
-		claim:   sample.Plan{Clock: sample.Icount, Periods: sample.Periods, Repetitions: 15, MinTicks: 10, MinWindow: 2 * time.Second},
-		check:   sample.Plan{Clock: sample.Wall, Periods: sample.Periods, Repetitions: 10, MinTicks: 10, MinWindow: time.Second},
+		claim: sample.Plan{Clock: sample.Icount, Periods: sample.Periods,
+			Repetitions: 20, MinTicks: 10, MaxTicks: 1000, Window: 10 * time.Second},
+		check: sample.Plan{Clock: sample.Wall, Periods: sample.Periods,
+			Repetitions: 10, MinTicks: 10, MaxTicks: 1000, Window: 2 * time.Second},
 		timeout: time.Hour,
 	}
-	// fast is within 4 minutes. On the instruction clock waiting costs next to
-	// nothing, so that only the windows are shorter there.
+	// fast is within 4 minutes. Waiting costs next to nothing on the
+	// instruction clock, so that the claim has all periods here too.
 	fast = mode{
 		quick: true,
-		claim: sample.Plan{Clock: sample.Icount, Periods: sample.Periods, Repetitions: 10, MinTicks: 10, MinWindow: time.Second},
+		claim: sample.Plan{Clock: sample.Icount, Periods: sample.Periods,
+			Repetitions: 10, MinTicks: 10, MaxTicks: 500, Window: 5 * time.Second},
 		check: sample.Plan{Clock: sample.Wall, Periods: []time.Duration{100 * time.Millisecond, 10 * time.Millisecond, time.Millisecond},
-			Repetitions: 6, MinTicks: 5, MinWindow: 500 * time.Millisecond},
+			Repetitions: 6, MinTicks: 10, MaxTicks: 500, Window: time.Second},
 		timeout: 10 * time.Minute,
 	}
 	// short is for a demonstration.
 	short = mode{
 		quick: true,
-		claim: sample.Plan{Clock: sample.Icount, Periods: []time.Duration{time.Second, 100 * time.Millisecond, 10 * time.Millisecond, time.Millisecond},
-			Repetitions: 6, MinTicks: 10, MinWindow: time.Second},
+		claim: sample.Plan{Clock: sample.Icount,
+			Periods:     []time.Duration{time.Second, 100 * time.Millisecond, 10 * time.Millisecond, time.Millisecond},
+			Repetitions: 6, MinTicks: 10, MaxTicks: 200, Window: 5 * time.Second},
 		timeout: 5 * time.Minute,
 	}
 )
