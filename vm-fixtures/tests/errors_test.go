@@ -116,7 +116,7 @@ func TestBadRequests(t *testing.T) {
 	}{
 		{"no VM id", cmdVMGet, 0, nothing, unix.EINVAL},
 		{"unknown VM", cmdVMGet, 0, func(e encoder) { e.Uint64(aVMID, 1<<40) }, unix.ENOENT},
-		{"VM id of 4 bytes", cmdVMGet, 0, func(e encoder) { e.Uint32(aVMID, 1) }, unix.ERANGE},
+		{"VM id of 4 bytes", cmdVMGet, 0, func(e encoder) { e.Uint32(aVMID, 1) }, unix.EINVAL},
 		{"unknown attribute", cmdVMGet, 0, func(e encoder) { e.Uint64(aVMID, id); e.Uint32(unknownAttribute, 1) }, unix.EINVAL},
 		{"vCPU of an unknown VM", cmdVCPUGet, 0, func(e encoder) { e.Uint64(aVCPUVMID, 1<<40); e.Uint32(aVCPUID, 0) }, unix.ENOENT},
 		{"unknown vCPU", cmdVCPUGet, 0, func(e encoder) { e.Uint64(aVCPUVMID, id); e.Uint32(aVCPUID, 99) }, unix.ENXIO},

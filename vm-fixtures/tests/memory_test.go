@@ -106,7 +106,7 @@ func TestRangesPartlyBad(t *testing.T) {
 	if !bytes.Equal(got[0].Data, content[:16]) || !bytes.Equal(got[2].Data, content[16:32]) {
 		t.Errorf("good ranges beside a bad one: %+v", got)
 	}
-	if !errors.Is(got[1].Err, kvmaccess.ErrNotMapped) || got[1].Data != nil {
+	if !errors.Is(got[1].Err, kvmaccess.ErrNotMapped) || len(got[1].Data) != 0 {
 		t.Errorf("hole: %v, data %x; want %v and none", got[1].Err, got[1].Data, kvmaccess.ErrNotMapped)
 	}
 }
