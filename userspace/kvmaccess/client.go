@@ -147,7 +147,7 @@ func (c *Client) execute(ctx context.Context, q *conn) ([]byte, error) {
 // changed meanwhile.
 func list[T any](ctx context.Context, c *Client, q *conn, parse func([]byte) (T, error)) ([]T, error) {
 	for range maxDumps {
-		var all []T
+		all := []T{}
 		changed, err := q.dump(ctx, func(b []byte) error {
 			v, err := parse(b)
 			all = append(all, v)

@@ -31,6 +31,15 @@ func netlinkConfig() *netlink.Config {
 	return &netlink.Config{Strict: true, MessageBufferSize: bufferSize}
 }
 
+// socket is what a conn needs of *genetlink.Conn.
+type socket interface {
+	Execute(genetlink.Message, uint16, netlink.HeaderFlags) ([]genetlink.Message, error)
+	Send(genetlink.Message, uint16, netlink.HeaderFlags) (netlink.Message, error)
+	Receive() ([]genetlink.Message, []netlink.Message, error)
+	SetDeadline(time.Time) error
+	Close() error
+}
+
 // conn is one netlink socket, used by one request at a time. A request is
 // written by request and the attribute methods, and carried out by do or dump.
 //
@@ -39,7 +48,7 @@ func netlinkConfig() *netlink.Config {
 // them before send returns, so that the goroutine which the library starts for
 // each system call, and its copies, would be half of the cost.
 type conn struct {
-	g   *genetlink.Conn
+	g   socket
 	raw syscall.RawConn // nil: none, as in tests
 	seq uint32
 
@@ -52,16 +61,18 @@ type conn struct {
 }
 
 func newConn(g *genetlink.Conn) (*conn, error) {
-	q := &conn{g: g, req: make([]byte, 0, 256)}
 	raw, err := g.SyscallConn()
 	switch {
 	case err == nil:
-		q.raw = raw
-		q.buf = make([]byte, bufferSize)
-	case !isNotSupported(err):
-		return nil, err
+		return newRawConn(g, raw), nil
+	case isNotSupported(err):
+		return &conn{g: g}, nil
 	}
-	return q, nil
+	return nil, err
+}
+
+func newRawConn(g socket, raw syscall.RawConn) *conn {
+	return &conn{g: g, raw: raw, buf: make([]byte, bufferSize)}
 }
 
 // isNotSupported: the library keeps its error for a socket without a

@@ -498,18 +498,29 @@ type sources struct {
 	goFiles      map[string]string
 }
 
-func readSources(t *testing.T) sources {
+func mustRead(t testing.TB, path string) string {
 	t.Helper()
-	read := func(path string) string {
-		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(b)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
 	}
+	return string(b)
+}
+
+func mustHeader(t testing.TB) contract {
+	t.Helper()
+	c, err := parseHeader(mustRead(t, headerPath))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func readSources(t testing.TB) sources {
+	t.Helper()
 	return sources{
-		header: read(headerPath), spec: read(specPath),
-		goFiles: map[string]string{"consts.go": read("consts.go"), "enums.go": read("enums.go")},
+		header: mustRead(t, headerPath), spec: mustRead(t, specPath),
+		goFiles: map[string]string{"consts.go": mustRead(t, "consts.go"), "enums.go": mustRead(t, "enums.go")},
 	}
 }
 
@@ -611,7 +622,7 @@ func TestContractOperations(t *testing.T) {
 		"vcpu-get":     "do(vm-id id) dump(vm-id)",
 		"table-get":    "do(vm-id vcpu-id kind offset length)",
 		"mem-read":     "do(vm-id vcpu-id root range)",
-		"stats":        "do(vm-id)",
+		"stats":        "do(vm-id) dump()",
 		"vm-created":   "notify vm-get to vm",
 		"vm-destroyed": "notify vm-get to vm",
 	}

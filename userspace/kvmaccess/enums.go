@@ -110,10 +110,11 @@ const (
 	MethodUnknown   Method = iota
 	MethodLocal            // on the requester's CPU, interrupts off
 	MethodInterrupt        // by an interrupt to the vCPU's CPU
-	MethodMemory           // read in place: the vCPU's last CPU is offline
+	MethodMemory           // in memory: the vCPU's last CPU is offline
+	MethodLoaded           // by loading the vCPU: its last CPU is offline
 )
 
-var methodNames = []string{"unknown", "local", "interrupt", "memory"}
+var methodNames = []string{"unknown", "local", "interrupt", "memory", "loaded"}
 
 // String returns the name of the method, or the number of an unknown one.
 func (m Method) String() string { return enumString(uint32(m), methodNames) }

@@ -82,7 +82,7 @@ type Error struct {
 	VM      VMID       // 0: the request names no VM
 	Errno   unix.Errno // see kmod/uapi/kvmaccess.h
 	Message string     // the module's explanation (extended acknowledgement), or ""
-	Address uint64     // where reading memory failed; 0 for all other failures
+	Address uint64     // where reading memory failed, or where the unreadable range begins; 0 for all other failures
 }
 
 // Error returns the command, the VM and the module's explanation or, without

@@ -214,7 +214,9 @@ func parseVCPU(b []byte) (VCPU, error) {
 			v.PAT = a.u64()
 		}
 	}
-	return v, a.finish(aVCPUVMID, aVCPUPAT, aVCPUCPU)
+	// Where the module did not find KVM's reader of it (INFO's MISSING), CR8
+	// is left out.
+	return v, a.finish(aVCPUVMID, aVCPUPAT, aVCPUCPU, aVCPUCR8)
 }
 
 // parseTable's Data belongs to b and begins asked bytes into the table.

@@ -189,6 +189,11 @@ func (c *Client) exchange(ctx context.Context, q *conn, vm VMID, s space, batch 
 		return err
 	}
 	if len(batch) == 1 {
+		// The refusal of a request does not say where.
+		var e *Error
+		if errors.As(err, &e) {
+			e.Address = batch[0].Address
+		}
 		batch[0].Err = err
 		return nil
 	}

@@ -158,6 +158,16 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) { return c.stats(ctx,
 // VMStats is the account of one VM.
 func (c *Client) VMStats(ctx context.Context, vm VMID) (Stats, error) { return c.stats(ctx, vm) }
 
+// StatsPerVM lists the accounts of all VMs.
+func (c *Client) StatsPerVM(ctx context.Context) ([]Stats, error) {
+	q, err := c.request(cmdStats, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer c.release(q)
+	return list(ctx, c, q, parseStats)
+}
+
 func (c *Client) stats(ctx context.Context, vm VMID) (Stats, error) {
 	q, err := c.request(cmdStats, vm)
 	if err != nil {
