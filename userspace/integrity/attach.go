@@ -482,10 +482,15 @@ func (m *Monitor) forget() {
 	if m.g == nil {
 		return
 	}
-	for k, t := range m.items {
-		if k.check != checkIDT || k.object != "idt" || k.vcpu < 0 {
-			continue
+	var keys []itemKey
+	for k := range m.items {
+		if k.check == checkIDT && k.object == "idt" && k.vcpu >= 0 {
+			keys = append(keys, k)
 		}
+	}
+	slices.SortFunc(keys, itemKey.compare)
+	for _, k := range keys {
+		t := m.items[k]
 		for _, cpu := range m.g.CPUs {
 			if int64(cpu.ID) != k.vcpu || cpu.IDTR != m.g.IDT {
 				continue
