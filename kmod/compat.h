@@ -64,6 +64,7 @@ static inline unsigned long kvmaccess_compat_rip(struct kvm_vcpu *vcpu)
 	return vcpu->arch.regs[VCPU_REGS_RIP];
 }
 
+#define KVMACCESS_COMPAT_REG_RIP VCPU_REGS_RIP
 #define KVMACCESS_COMPAT_REG_CR3 VCPU_EXREG_CR3
 #else
 static inline unsigned long kvmaccess_compat_rip(struct kvm_vcpu *vcpu)
@@ -71,12 +72,22 @@ static inline unsigned long kvmaccess_compat_rip(struct kvm_vcpu *vcpu)
 	return vcpu->arch.rip;
 }
 
+#define KVMACCESS_COMPAT_REG_RIP VCPU_REG_RIP
 #define KVMACCESS_COMPAT_REG_CR3 VCPU_REG_CR3
 #endif
 
 static inline bool kvmaccess_compat_is_dirty(struct kvm_vcpu *vcpu, unsigned int reg)
 {
 	return test_bit(reg, (const unsigned long *)&vcpu->arch.regs_dirty);
+}
+
+static inline bool kvmaccess_compat_is_tdx(struct kvm *kvm)
+{
+#ifdef KVM_X86_TDX_VM
+	return kvm->arch.vm_type == KVM_X86_TDX_VM;
+#else
+	return false;
+#endif
 }
 
 /* Whether guest-physical addresses are translated by the processor. */

@@ -74,7 +74,9 @@ int __init kvmaccess_ksyms_init(void)
 	k->vms = (typeof(k->vms))find(lookup, "kvm:vm_list");
 	k->ops = (typeof(k->ops))find(lookup, "kvm:kvm_x86_ops");
 	k->running = (__force typeof(k->running))find(lookup, "kvm:kvm_running_vcpu");
-	k->get_cr8 = (typeof(k->get_cr8))find(lookup, "kvm:kvm_get_cr8");
+	k->get_cr8 = (const void *)find(lookup, "kvm:kvm_get_cr8");
+	k->vcpu_load = (const void *)find(lookup, "kvm:vcpu_load");
+	k->vcpu_put = (const void *)find(lookup, "kvm:vcpu_put");
 
 	return k->lock && k->vms ? 0 : -EOPNOTSUPP;
 }

@@ -18,7 +18,10 @@ struct kvmaccess_ksyms {
 	typeof(vm_list) *vms;
 	typeof(kvm_x86_ops) *ops;
 	struct kvm_vcpu * __percpu *running;
-	const void *get_cr8;	/* by kvmaccess_ksyms_call() */
+	/* By kvmaccess_ksyms_call(), each with a vCPU. */
+	const void *get_cr8;
+	const void *vcpu_load;
+	const void *vcpu_put;
 };
 
 extern struct kvmaccess_ksyms kvmaccess_ksyms;

@@ -4,13 +4,12 @@
  *
  * A vCPU's registers belong to the thread that has it loaded, and that thread
  * holds vcpu->mutex for as long as the guest runs: waiting for it is no way
- * to look at a running guest. But a vCPU is loaded on at most one CPU, which
- * vcpu->cpu names, and an interrupt there either finds it loaded, and then it
- * has stopped it, or finds it not loaded, and then it cannot be loaded there
- * before the interrupt ends. To be loaded on another CPU its thread first
- * writes that CPU's number to vcpu->cpu and only then touches its state. So
- * whatever is read in an interrupt on the CPU that vcpu->cpu names before
- * *and* after the reading was the vCPU's state at that instant.
+ * to look at a running guest. But a vCPU is loaded on at most one CPU, and an
+ * interrupt there either finds it loaded, and then it has stopped it, or finds
+ * it not loaded, and then it cannot be loaded there before the interrupt ends.
+ * Which CPU that is, is written before the vCPU can be loaded on another. So
+ * whatever is read in an interrupt on the CPU that was the vCPU's home before
+ * *and* after the reading was its state at that instant.
  *
  * Out of guest mode KVM may be in the middle of emulating an instruction
  * whose effects it writes one by one; the condition says when that can be.
@@ -43,6 +42,18 @@ struct capture {
 
 static const struct kvmaccess_vcpu_vendor *vendors[] = {
 	&kvmaccess_vcpu_svm,
+	&kvmaccess_vcpu_vmx,
+};
+
+static const u32 msrs[KVMACCESS_MSR_NUM] = {
+	[KVMACCESS_MSR_STAR]		= MSR_STAR,
+	[KVMACCESS_MSR_LSTAR]		= MSR_LSTAR,
+	[KVMACCESS_MSR_CSTAR]		= MSR_CSTAR,
+	[KVMACCESS_MSR_SFMASK]		= MSR_SYSCALL_MASK,
+	[KVMACCESS_MSR_SYSENTER_CS]	= MSR_IA32_SYSENTER_CS,
+	[KVMACCESS_MSR_SYSENTER_ESP]	= MSR_IA32_SYSENTER_ESP,
+	[KVMACCESS_MSR_SYSENTER_EIP]	= MSR_IA32_SYSENTER_EIP,
+	[KVMACCESS_MSR_KERNEL_GS_BASE]	= MSR_KERNEL_GS_BASE,
 };
 
 static DEFINE_MUTEX(vendor_mutex);
@@ -69,7 +80,7 @@ const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void)
 		sprint_symbol_no_offset(symbol, get_msr);
 		for (i = 0; i < ARRAY_SIZE(vendors); i++) {
 			v = vendors[i];
-			if (!strstarts(symbol, v->prefix))
+			if (!strstr(symbol, v->module) && !strstarts(symbol, v->prefix))
 				continue;
 			if (!v->init())
 				WRITE_ONCE(vendor, v);
@@ -103,11 +114,12 @@ static enum kvmaccess_condition condition_of(struct kvm_vcpu *vcpu, bool loaded)
 					       KVMACCESS_CONDITION_USER;
 }
 
-static void read_state(struct capture *c, bool loaded)
+static int read_state(struct capture *c, bool loaded)
 {
 	struct kvmaccess_vcpu_state *s = c->state;
 	struct kvm_vcpu *vcpu = c->vcpu;
 	unsigned int i;
+	int err;
 
 	BUILD_BUG_ON(VCPU_REGS_R15 + 1 != ARRAY_SIZE(s->gpr));
 	BUILD_BUG_ON(VCPU_SREG_LDTR + 1 != ARRAY_SIZE(s->segment));
@@ -135,7 +147,22 @@ static void read_state(struct capture *c, bool loaded)
 	s->dr7 = vcpu->arch.dr7;
 	s->pat = vcpu->arch.pat;
 
-	c->vendor->read(vcpu, s);
+	err = c->vendor->read(vcpu, s);
+	if (!err)
+		s->time = ktime_get_ns();
+	return err;
+}
+
+/* For the vendors: MSRs that KVM gives without side effects on @vcpu's home. */
+void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(msrs); i++) {
+		struct msr_data msr = { .index = msrs[i], .host_initiated = true };
+
+		s->msr[i] = kvmaccess_ksyms.ops->get_msr(vcpu, &msr) ? 0 : msr.data;
+	}
 }
 
 /* In an interrupt, or with interrupts off on the requester's own CPU. */
@@ -144,28 +171,26 @@ static void capture_here(void *info)
 	struct capture *c = info;
 	struct kvm_vcpu *vcpu = c->vcpu;
 	int cpu = smp_processor_id();
-	u64 start = ktime_get_ns(), time;
+	u64 start = ktime_get_ns();
 
 	c->err = -EAGAIN;
-	if (READ_ONCE(vcpu->cpu) == cpu) {
+	if (c->vendor->home(vcpu) == cpu) {
 		/* Nothing of the state may be read before the CPU's number ... */
 		smp_rmb();
-		read_state(c, *per_cpu_ptr(kvmaccess_ksyms.running, cpu) == vcpu);
+		c->err = read_state(c, *per_cpu_ptr(kvmaccess_ksyms.running, cpu) == vcpu);
 		c->state->cpu = cpu;
 		c->state->method = c->requester == current ?
 				   KVMACCESS_METHOD_LOCAL : KVMACCESS_METHOD_INTERRUPT;
 		/* ... or after it is read again. */
 		smp_rmb();
-		if (READ_ONCE(vcpu->cpu) == cpu)
-			c->err = 0;
+		if (c->vendor->home(vcpu) != cpu)
+			c->err = -EAGAIN;
 	}
 
-	time = ktime_get_ns() - start;
-	c->state->time = start;
-	c->state->handler = time;
+	c->state->handler = ktime_get_ns() - start;
 	if (c->requester != current) {
 		c->interrupts++;
-		c->interrupt += time;
+		c->interrupt += c->state->handler;
 	}
 }
 
@@ -174,50 +199,80 @@ static void capture_here(void *info)
  * not loaded. It can be loaded on a CPU that is online, whose number it then
  * writes before anything else. The CPU named here cannot come back meanwhile.
  */
-static int capture_in_place(struct capture *c)
+static int capture_in_memory(struct capture *c)
 {
 	struct kvm_vcpu *vcpu = c->vcpu;
-	u64 start;
-	int cpu;
+	int cpu, err;
 
 	/* Waiting for a CPU to come or go could take long. */
 	if (!cpus_read_trylock())
 		return -EAGAIN;
 
-	cpu = READ_ONCE(vcpu->cpu);
+	cpu = c->vendor->home(vcpu);
 	if (cpu >= 0 && cpu_online(cpu)) {
 		cpus_read_unlock();
 		return -EAGAIN;
 	}
 
-	start = ktime_get_ns();
 	/* As in capture_here(). */
 	smp_rmb();
-	read_state(c, false);
-	/* Likewise. */
-	smp_rmb();
+	err = read_state(c, false);
 	c->state->cpu = cpu;
 	c->state->method = KVMACCESS_METHOD_MEMORY;
-	c->state->time = start;
 	c->state->handler = 0;
-	c->err = READ_ONCE(vcpu->cpu) == cpu ? 0 : -EAGAIN;
+	/* Likewise. */
+	smp_rmb();
+	if (c->vendor->home(vcpu) != cpu)
+		err = -EAGAIN;
 
 	cpus_read_unlock();
+	return err;
+}
+
+/*
+ * The state is on no CPU: it is being moved to one, or the last one went
+ * offline and took it out. In the latter case no ioctl is under way; load the
+ * vCPU here then, as an ioctl would. Its thread, should it come back right
+ * now, waits for these few microseconds.
+ */
+static int capture_by_loading(struct capture *c)
+{
+	struct kvm_vcpu *vcpu = c->vcpu;
+
+	if (!kvmaccess_ksyms.vcpu_load || !kvmaccess_ksyms.vcpu_put)
+		return -EAGAIN;
+	if (!mutex_trylock(&vcpu->mutex))
+		return -EAGAIN;
+
+	kvmaccess_ksyms_call(kvmaccess_ksyms.vcpu_load, vcpu);
+	local_irq_disable();
+	capture_here(c);
+	/* It is loaded only for this: what it was before is what counts. */
+	c->state->condition = READ_ONCE(vcpu->arch.last_vmentry_cpu) == -1 ?
+			      KVMACCESS_CONDITION_NEW : KVMACCESS_CONDITION_USER;
+	c->state->method = KVMACCESS_METHOD_LOADED;
+	local_irq_enable();
+	kvmaccess_ksyms_call(kvmaccess_ksyms.vcpu_put, vcpu);
+	mutex_unlock(&vcpu->mutex);
 	return c->err;
 }
 
 static int capture_once(struct capture *c)
 {
-	int cpu = READ_ONCE(c->vcpu->cpu);
+	int cpu = c->vendor->home(c->vcpu);
 	int err = -ENXIO;
 
+	if (cpu < -1)
+		return cpu;
 	if (cpu >= 0) {
 		/* Interrupts are off for some thousand instructions there at most. */
 		err = smp_call_function_single(cpu, capture_here, c, true);
 		if (!err)
 			err = c->err;
 	}
-	return err == -ENXIO ? capture_in_place(c) : err;
+	if (err != -ENXIO)
+		return err;
+	return c->vendor->in_memory ? capture_in_memory(c) : capture_by_loading(c);
 }
 
 static pid_t tid_of(struct pid *pid, void *unused)

@@ -60,17 +60,31 @@ struct kvmaccess_vcpu_vendor {
 	int (*init)(void);
 
 	/*
-	 * Read the registers that KVM does not keep in struct kvm_vcpu_arch.
-	 * Interrupts are off and the vCPU cannot be loaded meanwhile, or if it
-	 * is loaded, it has been interrupted: caches that KVM fills on demand
-	 * must not be filled from here.
+	 * The CPU whose interrupts keep the vCPU's state from changing: while
+	 * one is handled there and this keeps naming that CPU, the vCPU is
+	 * loaded there, and has been interrupted, or nowhere. -1: there is no
+	 * such CPU. An error where this vCPU can never be read.
 	 */
-	void (*read)(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *state);
+	int (*home)(struct kvm_vcpu *vcpu);
+
+	/*
+	 * Read the registers that KVM does not keep in struct kvm_vcpu_arch,
+	 * with interrupts off on the vCPU's home. Caches that KVM fills on
+	 * demand must not be filled from here: the thread that has been
+	 * interrupted may be filling them.
+	 */
+	int (*read)(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *state);
+
+	/* The state is memory that can be read from any CPU. */
+	bool in_memory;
 };
 
 extern const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_svm;
+extern const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_vmx;
 
 const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void);
+void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu,
+			      struct kvmaccess_vcpu_state *state);
 int __must_check kvmaccess_vcpu_capture(struct kvmaccess_vm *vm,
 					struct kvm_vcpu *vcpu,
 					struct kvmaccess_vcpu_state *state,

@@ -20,17 +20,6 @@ static struct {
 	u32 vmcb;	/* struct vcpu_svm: vmcb */
 } layout;
 
-static const u32 msrs[KVMACCESS_MSR_NUM] = {
-	[KVMACCESS_MSR_STAR]		= MSR_STAR,
-	[KVMACCESS_MSR_LSTAR]		= MSR_LSTAR,
-	[KVMACCESS_MSR_CSTAR]		= MSR_CSTAR,
-	[KVMACCESS_MSR_SFMASK]		= MSR_SYSCALL_MASK,
-	[KVMACCESS_MSR_SYSENTER_CS]	= MSR_IA32_SYSENTER_CS,
-	[KVMACCESS_MSR_SYSENTER_ESP]	= MSR_IA32_SYSENTER_ESP,
-	[KVMACCESS_MSR_SYSENTER_EIP]	= MSR_IA32_SYSENTER_EIP,
-	[KVMACCESS_MSR_KERNEL_GS_BASE]	= MSR_KERNEL_GS_BASE,
-};
-
 static int svm_init(void)
 {
 	struct kvmaccess_btf *btf;
@@ -53,7 +42,13 @@ static int svm_init(void)
 	return err;
 }
 
-static void svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+/* Written before anything else when the vCPU is loaded on another CPU. */
+static int svm_home(struct kvm_vcpu *vcpu)
+{
+	return READ_ONCE(vcpu->cpu);
+}
+
+static int svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 {
 	void *svm = (void *)vcpu - layout.vcpu;
 	const struct vmcb *vmcb = READ_ONCE(*(struct vmcb **)(svm + layout.vmcb));
@@ -76,12 +71,8 @@ static void svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 		ops->get_segment(vcpu, &s->segment[i], i);
 	ops->get_gdt(vcpu, &s->gdt);
 	ops->get_idt(vcpu, &s->idt);
-
-	for (i = 0; i < ARRAY_SIZE(msrs); i++) {
-		struct msr_data msr = { .index = msrs[i], .host_initiated = true };
-
-		s->msr[i] = ops->get_msr(vcpu, &msr) ? 0 : msr.data;
-	}
+	kvmaccess_vcpu_read_msrs(vcpu, s);
+	return 0;
 }
 
 const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_svm = {
@@ -89,5 +80,7 @@ const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_svm = {
 	.module = "kvm_amd",
 	.prefix = "svm_",
 	.init = svm_init,
+	.home = svm_home,
 	.read = svm_read,
+	.in_memory = true,
 };

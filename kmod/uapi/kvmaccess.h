@@ -167,7 +167,8 @@ enum kvmaccess_method {
 	KVMACCESS_METHOD_UNKNOWN,
 	KVMACCESS_METHOD_LOCAL,		/* on the requester's CPU, interrupts off */
 	KVMACCESS_METHOD_INTERRUPT,	/* by an interrupt to the vCPU's CPU */
-	KVMACCESS_METHOD_MEMORY,	/* read in place: the vCPU's last CPU is offline */
+	KVMACCESS_METHOD_MEMORY,	/* in memory: the vCPU's last CPU is offline */
+	KVMACCESS_METHOD_LOADED,	/* by loading the vCPU: its last CPU is offline */
 };
 
 /* Bits of KVMACCESS_A_VCPU_FLAGS. */
