@@ -73,7 +73,13 @@ func Start(ctx context.Context, dir string, args ...string) (*Daemon, error) {
 		close(d.exit)
 	}()
 	err := d.until(ctx, func() (err error) {
-		d.Client, err = daemon.Dial(Socket(dir))
+		if d.Client, err = daemon.Dial(Socket(dir)); err != nil {
+			return err
+		}
+		h, err := d.Client.Health(ctx)
+		if err == nil && h.PID != d.PID() {
+			err = fmt.Errorf("process %d answers at %s", h.PID, Socket(dir))
+		}
 		return err
 	})
 	if err != nil {
