@@ -48,7 +48,15 @@ var reasons = []error{
 
 // ErrNoModule says that the generic netlink family is not there. It wraps
 // os.ErrNotExist.
-var ErrNoModule = fmt.Errorf("kvmaccess: the kernel module is not loaded: run modprobe kvmaccess (or insmod kvmaccess.ko): %w", os.ErrNotExist)
+var ErrNoModule error = noModule{}
+
+type noModule struct{}
+
+func (noModule) Error() string {
+	return "kvmaccess: the kernel module is not loaded: run modprobe kvmaccess (or insmod kvmaccess.ko)"
+}
+
+func (noModule) Unwrap() error { return os.ErrNotExist }
 
 // ErrReloaded says that the module was loaded anew since the Client was made.
 // VM ids from before mean nothing now: make a new Client and list again.

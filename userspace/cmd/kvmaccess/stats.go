@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT
+
+package main
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/kvmaccess/kvmaccess/userspace/daemon"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
+)
+
+type vmStats struct {
+	Name string `json:"name"`
+	kvmaccess.Stats
+}
+
+type statsJSON struct {
+	Module      kvmaccess.Stats `json:"module"` // VMs that are gone included; ns
+	VMs         []vmStats       `json:"vms"`
+	Daemon      *daemon.Stats   `json:"daemon"`                 // null: none runs
+	DaemonError string          `json:"daemon_error,omitempty"` // why not
+}
+
+func (a *app) stats() *cobra.Command {
+	return &cobra.Command{
+		Use:   "stats",
+		Short: "Show what monitoring did and cost",
+		Long: `Show what the module and, while it runs, the daemon did and what it cost since
+they were started. The CPU time that monitoring takes is the daemon's own, the
+module's worker's and that of the module's interrupts, together.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx := cmd.Context()
+			return a.withModule(func(src source) error {
+				var out statsJSON
+				var err error
+				if out.Module, err = src.Stats(ctx); err != nil {
+					return err
+				}
+				vms, err := a.listVMs(ctx, src)
+				if err != nil {
+					return err
+				}
+				names := map[kvmaccess.VMID]string{}
+				for _, v := range vms {
+					names[v.ID] = v.Name
+				}
+				per, err := src.StatsPerVM(ctx)
+				if err != nil {
+					return err
+				}
+				out.VMs = make([]vmStats, len(per))
+				for i, s := range per {
+					out.VMs[i] = vmStats{names[s.VM], s}
+				}
+				if d, err := daemon.Dial(a.socket); err != nil {
+					out.DaemonError = err.Error()
+				} else {
+					s, err := d.Stats(ctx)
+					_ = d.Close()
+					if err != nil {
+						return err
+					}
+					out.Daemon = &s
+				}
+				if a.output == "json" {
+					return a.json(out)
+				}
+				return a.printStats(out)
+			})
+		},
+	}
+}
+
+func (a *app) printStats(s statsJSON) error {
+	t := a.table("", "WORKER CPU", "INTERRUPT CPU", "CAPTURES", "RETRIES", "INTERRUPTS", "EVENTS")
+	row := func(who string, s kvmaccess.Stats) {
+		t.row(who, s.Worker, s.Interrupt, s.Captures, s.Retries, s.Interrupts, s.Events)
+	}
+	row("module", s.Module)
+	for _, v := range s.VMs {
+		who := v.Name
+		if who == "" {
+			who = fmt.Sprintf("#%d", v.VM)
+		}
+		row(who, v.Stats)
+	}
+	t.row()
+	t.row("COMMAND", "COUNT", "ERRORS", "TIME EACH", "GUEST MEMORY")
+	for _, op := range s.Module.Ops {
+		each := "-"
+		if op.Count > 0 {
+			each = (op.Time / time.Duration(op.Count)).String()
+		}
+		t.row(op.Command, op.Count, op.Errors, each, bytes(op.Bytes))
+	}
+	if err := t.flush(); err != nil {
+		return err
+	}
+	if s.Daemon == nil {
+		_, err := fmt.Fprintf(a.out, "\n%s\n", s.DaemonError)
+		return err
+	}
+	d := s.Daemon
+	_, err := fmt.Fprintf(a.out, "\ndaemon: up %v, CPU %v (user %v, system %v), %d ticks, %d missed, %d failed, %d findings\n",
+		d.Uptime.Round(time.Second), d.CPU, d.User, d.System, d.Ticks, d.Missed, d.Failed, d.Findings)
+	return err
+}
