@@ -15,10 +15,10 @@ void idt_redirected(void);
 unsigned long idt_original;
 
 asm(".pushsection .text\n"
-    "idt_redirected:\n\t"
-    ANNOTATE_RETPOLINE_SAFE
-    "jmp *idt_original(%rip)\n"
-    ".popsection");
+	"idt_redirected:\n\t"
+	ANNOTATE_RETPOLINE_SAFE
+	"jmp *idt_original(%rip)\n"
+	".popsection");
 
 static gate_desc *gate;
 static gate_desc saved;
@@ -32,7 +32,8 @@ static int __init idt_redirect_init(void)
 	if (!table)
 		return -ENOENT;
 	gate = &table[vector];
-	saved = new = *gate;
+	saved = *gate;
+	new = saved;
 	idt_original = gate_offset(gate);
 	new.offset_low = (u16)to;
 	new.offset_middle = (u16)(to >> 16);

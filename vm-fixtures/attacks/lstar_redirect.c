@@ -13,10 +13,10 @@ void lstar_redirected(void);
 unsigned long lstar_original;
 
 asm(".pushsection .text\n"
-    "lstar_redirected:\n\t"
-    ANNOTATE_RETPOLINE_SAFE
-    "jmp *lstar_original(%rip)\n"
-    ".popsection");
+	"lstar_redirected:\n\t"
+	ANNOTATE_RETPOLINE_SAFE
+	"jmp *lstar_original(%rip)\n"
+	".popsection");
 
 static void redirect(void *unused)
 {
