@@ -95,6 +95,7 @@ test: build fixture $(HOST_DEPS) ## test everything, the kernel's part in an emu
 .PHONY: demo
 demo: build fixture $(HOST_DEPS) ## show the whole chain on running guests; leaves results/demo
 	$(ON_HOST) $(WITH_PROGRAMS) --out results/demo --timeout 15m -- $(BIN)/demo
+	go run ./bench/cmd/bench -demo -out results/demo/overhead
 
 .PHONY: bench
 bench: build fixture ## measure what monitoring costs; leaves results/overhead

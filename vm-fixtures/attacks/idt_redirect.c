@@ -15,9 +15,11 @@ void idt_redirected(void);
 unsigned long idt_original;
 
 asm(".pushsection .text\n"
+	".type idt_redirected, @function\n"
 	"idt_redirected:\n\t"
 	ANNOTATE_RETPOLINE_SAFE
 	"jmp *idt_original(%rip)\n"
+	".size idt_redirected, . - idt_redirected\n"
 	".popsection");
 
 static gate_desc *gate;

@@ -13,9 +13,11 @@ void lstar_redirected(void);
 unsigned long lstar_original;
 
 asm(".pushsection .text\n"
+	".type lstar_redirected, @function\n"
 	"lstar_redirected:\n\t"
 	ANNOTATE_RETPOLINE_SAFE
 	"jmp *lstar_original(%rip)\n"
+	".size lstar_redirected, . - lstar_redirected\n"
 	".popsection");
 
 static void redirect(void *unused)

@@ -119,10 +119,9 @@ func (d *demo) startMonitor(ctx context.Context) error {
 	if err := d.web.WriteSymbols(ctx, d.symbols()); err != nil {
 		return err
 	}
-	args := []string{"--period", period.String(), "--symbols", d.symbols()}
-	d.line("kvmaccessd %s", strings.Join(args, " "))
+	d.line("kvmaccessd --period %v --symbols kallsyms", period)
 	var err error
-	if d.daemon, err = monitor.Start(ctx, d.dir, args...); err != nil {
+	if d.daemon, err = monitor.Start(ctx, d.dir, "--period", period.String(), "--symbols", d.symbols()); err != nil {
 		return err
 	}
 	return d.daemon.Watching(ctx, d.web.Name, d.db.Name)
@@ -137,6 +136,7 @@ func (d *demo) kvmaccess(ctx context.Context, file string, lines int, args ...st
 		lines = -1
 	}
 	cmd := exec.CommandContext(ctx, "kvmaccess", full...)
+	cmd.Dir = d.dir // where the symbols and the daemon's socket are
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -162,7 +162,7 @@ func (d *demo) kvmaccess(ctx context.Context, file string, lines int, args ...st
 
 func (d *demo) showGuests(ctx context.Context) error {
 	d.title("What can be seen from outside")
-	symbols := []string{"--symbols", d.symbols()}
+	symbols := []string{"--symbols", filepath.Base(d.symbols())}
 	for _, show := range []struct {
 		file  string
 		lines int
@@ -326,7 +326,7 @@ func pause(ctx context.Context) error {
 
 func (d *demo) showCost(ctx context.Context) error {
 	d.title("What the module and the daemon say they cost")
-	return d.kvmaccess(ctx, "stats.txt", 0, "stats", "--socket", monitor.Socket(d.dir))
+	return d.kvmaccess(ctx, "stats.txt", 0, "stats", "--socket", filepath.Base(monitor.Socket(d.dir)))
 }
 
 func (d *demo) stopMonitor(ctx context.Context) error {
