@@ -91,7 +91,8 @@ func (a *app) run(ctx context.Context, args []string) int {
 // explain is an error's text and what to do about it, where it does not say so
 // itself.
 func explain(err error) string {
-	text := strings.TrimPrefix(err.Error(), "kvmaccess: ")
+	// The program is called as the package that most errors come from.
+	text := strings.ReplaceAll(err.Error(), "kvmaccess: ", "")
 	switch {
 	case errors.Is(err, kvmaccess.ErrNoModule):
 	case errors.Is(err, kvmaccess.ErrPermission):

@@ -4,9 +4,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -60,7 +58,7 @@ checked.`,
 					err = a.printChecked(results)
 				}
 				if err == nil && failed > 0 {
-					err = fmt.Errorf("%d of %d guests could not be checked", failed, len(vms))
+					err = fmt.Errorf("%d of %s could not be checked", failed, plural(len(vms), "guest"))
 				}
 				return err
 			})
@@ -103,7 +101,7 @@ func checkVM(ctx context.Context, src source, v vm, symbols *guest.Symbols, wait
 		findings, err := m.Attach(ctx)
 		r.Status = m.Status()
 		if err != nil {
-			r.Error = strings.TrimPrefix(err.Error(), "kvmaccess: ")
+			r.Error = explain(err)
 			return r
 		}
 		r.Findings = append(r.Findings, findings...)
@@ -116,7 +114,7 @@ func checkVM(ctx context.Context, src source, v vm, symbols *guest.Symbols, wait
 		}
 		select {
 		case <-ctx.Done():
-			r.Error = errors.Join(ctx.Err()).Error()
+			r.Error = ctx.Err().Error()
 			return r
 		case <-time.After(50 * time.Millisecond):
 		}
@@ -134,9 +132,9 @@ func (a *app) printChecked(results []checked) error {
 		case r.Error != "":
 			_, err = fmt.Fprintf(a.out, "%s: not checked: %s\n", who, r.Error)
 		case len(r.Findings) == 0:
-			_, err = fmt.Fprintf(a.out, "%s: no findings (%d vCPUs, %s of guest memory, %s)\n", who, r.Status.VCPUs, bytes(uint64(r.Status.Bytes)), symbolText(r.Status))
+			_, err = fmt.Fprintf(a.out, "%s: no findings (%s, %s of guest memory, %s)\n", who, plural(r.Status.VCPUs, "vCPU"), bytesText(uint64(r.Status.Bytes)), symbolText(r.Status))
 		default:
-			_, err = fmt.Fprintf(a.out, "%s: %d findings\n", who, len(r.Findings))
+			_, err = fmt.Fprintf(a.out, "%s: %s\n", who, plural(len(r.Findings), "finding"))
 		}
 		if err != nil {
 			return err

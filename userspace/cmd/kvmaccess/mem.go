@@ -68,7 +68,7 @@ decimal, or hexadecimal after 0x; LENGTH may end in K, M or G.`,
 				return errors.New("-o json, --raw and --hex exclude each other")
 			}
 			if a.output == "json" && length > memMaxJSON {
-				return fmt.Errorf("-o json takes up to %s: for more use --raw", bytes(memMaxJSON))
+				return fmt.Errorf("-o json takes up to %s: for more use --raw", bytesText(memMaxJSON))
 			}
 			return a.withVM(ctx, args[0], func(src source, v vm) error {
 				address, symbolic, err := a.parseAddress(ctx, src, v, args[1])
@@ -76,7 +76,7 @@ decimal, or hexadecimal after 0x; LENGTH may end in K, M or G.`,
 					return err
 				}
 				if address+(length-1) < address {
-					return fmt.Errorf("%d bytes at %#x pass the end of the address space", length, address)
+					return fmt.Errorf("%s at %#x: that passes the end of the address space", plural(length, "byte"), address)
 				}
 				read, err := a.reader(ctx, src, v, vcpu, rootValue, virtual || symbolic || root != "", symbolic)
 				if err != nil {

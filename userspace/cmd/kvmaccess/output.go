@@ -38,13 +38,14 @@ func (a *app) table(head ...any) *table {
 }
 
 func (t *table) row(cells ...any) {
+	texts := make([]string, len(cells))
+	last := 0
 	for i, c := range cells {
-		if i > 0 {
-			t.print("\t")
+		if texts[i] = printable(fmt.Sprint(c)); texts[i] != "" {
+			last = i + 1
 		}
-		t.print(printable(fmt.Sprint(c)))
 	}
-	t.print("\n")
+	t.print(strings.Join(texts[:last], "\t") + "\n")
 }
 
 func (t *table) print(s string) {
@@ -71,6 +72,14 @@ func printable(s string) string {
 	}, s)
 }
 
+// plural is a number of things.
+func plural[T int | uint64](n T, thing string) string {
+	if n != 1 {
+		thing += "s"
+	}
+	return fmt.Sprintf("%d %s", n, thing)
+}
+
 // dash stands for an empty cell.
 func dash(s string) string {
 	if s == "" {
@@ -79,8 +88,8 @@ func dash(s string) string {
 	return s
 }
 
-// bytes is a size for people.
-func bytes(n uint64) string {
+// bytesText is a size for people.
+func bytesText(n uint64) string {
 	units := []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 	i := 0
 	rest := uint64(0)

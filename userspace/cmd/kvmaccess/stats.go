@@ -95,7 +95,7 @@ func (a *app) printStats(s statsJSON) error {
 		if op.Count > 0 {
 			each = (op.Time / time.Duration(op.Count)).String()
 		}
-		t.row(op.Command, op.Count, op.Errors, each, bytes(op.Bytes))
+		t.row(op.Command, op.Count, op.Errors, each, bytesText(op.Bytes))
 	}
 	if err := t.flush(); err != nil {
 		return err
@@ -105,7 +105,7 @@ func (a *app) printStats(s statsJSON) error {
 		return err
 	}
 	d := s.Daemon
-	_, err := fmt.Fprintf(a.out, "\ndaemon: up %v, CPU %v (user %v, system %v), %d ticks, %d missed, %d failed, %d findings\n",
-		d.Uptime.Round(time.Second), d.CPU, d.User, d.System, d.Ticks, d.Missed, d.Failed, d.Findings)
+	_, err := fmt.Fprintf(a.out, "\ndaemon: up %v, CPU %v (user %v, system %v), %s, %d missed, %d failed, %s\n",
+		d.Uptime.Round(time.Second), d.CPU, d.User, d.System, plural(d.Ticks, "tick"), d.Missed, d.Failed, plural(d.Findings, "finding"))
 	return err
 }

@@ -5,6 +5,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -68,7 +69,11 @@ It needs --symbols: nothing else tells where the table is.`,
 				if a.output == "json" {
 					return a.json(list)
 				}
-				head := []any{"NUMBER", "NAME", "HANDLER", "SYMBOL", "FAULT"}
+				head := []any{"NUMBER", "NAME", "HANDLER", "SYMBOL"}
+				faults := slices.ContainsFunc(list, func(e syscallEntry) bool { return e.Fault != "" })
+				if faults {
+					head = append(head, "FAULT")
+				}
 				if ia32 {
 					head = append([]any{"TABLE"}, head...)
 				}
@@ -78,7 +83,10 @@ It needs --symbols: nothing else tells where the table is.`,
 					if e.Module != "" {
 						symbol += " [" + e.Module + "]"
 					}
-					row := []any{e.Number, dash(e.Name), fmt.Sprintf("%016x", uint64(e.Handler)), dash(symbol), e.Fault}
+					row := []any{e.Number, dash(e.Name), fmt.Sprintf("%016x", uint64(e.Handler)), dash(symbol)}
+					if faults {
+						row = append(row, dash(e.Fault))
+					}
 					if ia32 {
 						row = append([]any{e.Table}, row...)
 					}

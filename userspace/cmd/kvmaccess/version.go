@@ -45,7 +45,7 @@ func (a *app) version() *cobra.Command {
 			}
 			i := v.Module
 			fmt.Fprintf(a.out, "module %s, %v host, works: %s; %d ranges and %s a request\n",
-				i.Version, i.Vendor, dash(i.Caps.String()), i.MaxRanges, bytes(uint64(i.MaxBytes)))
+				i.Version, i.Vendor, dash(i.Caps.String()), i.MaxRanges, bytesText(uint64(i.MaxBytes)))
 			if len(i.Missing) > 0 {
 				fmt.Fprintf(a.out, "missing in this kernel: %s\n", strings.Join(i.Missing, ", "))
 			}

@@ -51,7 +51,7 @@ func (a *app) vms() *cobra.Command {
 				}
 				t := a.table("ID", "NAME", "UUID", "PID", "VMM", "VCPUS", "MEMORY", "MEMSLOTS", "FLAGS")
 				for _, v := range vms {
-					t.row(v.ID, dash(v.Name), dash(v.UUID), v.PID, dash(v.Comm), v.VCPUs, bytes(v.Memory), v.Memslots, dash(v.Flags.String()))
+					t.row(v.ID, dash(v.Name), dash(v.UUID), v.PID, dash(v.Comm), v.VCPUs, bytesText(v.Memory), v.Memslots, dash(v.Flags.String()))
 				}
 				return t.flush()
 			})
@@ -150,7 +150,7 @@ func (a *app) completeVMs(ctx context.Context) ([]string, cobra.ShellCompDirecti
 			if word == "" || len(matchVMs(vms, word)) > 1 || strings.ContainsAny(word, "\t\n") {
 				word = strconv.FormatUint(uint64(v.ID), 10)
 			}
-			words = append(words, fmt.Sprintf("%s\tid %d, %d vCPUs, %s", word, v.ID, v.VCPUs, bytes(v.Memory)))
+			words = append(words, fmt.Sprintf("%s\tid %d, %s, %s", word, v.ID, plural(v.VCPUs, "vCPU"), bytesText(v.Memory)))
 		}
 		return nil
 	})
