@@ -23,15 +23,17 @@ const maxUnstored = 1 << 14
 // journal numbers findings, keeps them and the state of each guest in the
 // store, and writes findings out. Raising a finding never waits for a disk.
 type journal struct {
-	config   *Config
-	log      *slog.Logger
-	problems *problems
-	retry    time.Duration // between attempts after a failure
-	flush    time.Duration // that Shutdown waits at most for either
+	config           *Config
+	log              *slog.Logger
+	problems         *problems
+	retry, lastRetry time.Duration // after a failure: first and longest wait
+	flush            time.Duration // that Shutdown waits at most for either
 
 	lock  *lock
 	store *store
 	sink  *sink
+
+	put func(write) error // of store
 
 	stopWriting, stopStoring context.CancelFunc
 	writing, storing         chan struct{} // closed when that has stopped
@@ -52,7 +54,7 @@ type journal struct {
 
 func newJournal(config *Config, log *slog.Logger, p *problems) *journal {
 	return &journal{
-		config: config, log: log, problems: p, retry: time.Second, flush: 5 * time.Second,
+		config: config, log: log, problems: p, retry: time.Second, lastRetry: 8 * time.Second, flush: 5 * time.Second,
 		changed: make(chan struct{}), dirty: map[string]struct{}{},
 	}
 }
@@ -73,7 +75,7 @@ func (j *journal) Init(context.Context) error {
 	if err != nil {
 		return fmt.Errorf("state: %w", err)
 	}
-	j.store = store
+	j.store, j.put = store, store.put
 	if aside != "" {
 		j.problems.set("state", aside)
 	}
@@ -286,6 +288,7 @@ func (j *journal) counts() (raised, unwritten uint64) {
 // ends and once more then. What fails is tried again.
 func (j *journal) keep(ctx context.Context, subject string, step func() (more bool, err error), done chan<- struct{}) {
 	defer close(done)
+	wait := j.retry
 	for {
 		last := ctx.Err() != nil
 		changed := j.change()
@@ -297,15 +300,17 @@ func (j *journal) keep(ctx context.Context, subject string, step func() (more bo
 			continue
 		default:
 			j.problems.clear(subject)
+			wait = j.retry
 		}
 		if last {
 			return
 		}
 		if err != nil {
 			select {
-			case <-time.After(j.retry):
+			case <-time.After(wait):
 			case <-ctx.Done():
 			}
+			wait = min(2*wait, j.lastRetry)
 			continue
 		}
 		select {
@@ -343,7 +348,7 @@ func (j *journal) storeBatch() (more bool, err error) {
 		return false, nil
 	}
 
-	err = j.store.put(w)
+	err = j.put(w)
 
 	j.mu.Lock()
 	defer j.mu.Unlock()
