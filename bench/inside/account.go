@@ -51,6 +51,7 @@ func account(before, after, again *look) (sample.Account, error) {
 		Daemon:    own(func(l *look) time.Duration { return l.CPU }),
 		Worker:    own(func(l *look) time.Duration { return l.Module.Worker }),
 		Interrupt: own(func(l *look) time.Duration { return l.Module.Interrupt }),
+		Longest:   after.TickMax,
 		Ticks:     ticks,
 		Missed:    after.Missed - before.Missed,
 		Switches:  after.switches - before.switches,

@@ -73,7 +73,6 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	}
 	steps := plan.Steps()
 	for i, step := range steps {
-		log.Info("sample", "of", len(steps), "number", i+1, "repetition", step.Repetition, "period", step.Period)
 		d := &daemonRun{dir: filepath.Join(dir, fmt.Sprint("sample-", i+1)), symbols: symbols, period: step.Period}
 		s, err := take(ctx, plan, step, d, loops)
 		if err != nil {

@@ -33,11 +33,11 @@ type Agreement string
 const (
 	// AgreementYes: the medians differ by no more than AgreeWithin.
 	AgreementYes Agreement = "yes"
-	// AgreementNo: they differ by more, and so does the nearest value in the
-	// counting loop's interval.
+	// AgreementNo: they differ by more, and so do all values in the interval
+	// of the difference, sample by sample.
 	AgreementNo Agreement = "no"
-	// AgreementUnresolved: they differ by more, but the counting loop's
-	// interval is too wide to tell.
+	// AgreementUnresolved: they differ by more, but that interval has room for
+	// agreement.
 	AgreementUnresolved Agreement = "unresolved"
 	// AgreementNotRequired: both are AgreeAbove or less.
 	AgreementNotRequired Agreement = "not required"
@@ -55,8 +55,12 @@ type Period struct {
 	SoakerCILow   float64 `json:"soaker_ci_low"`
 	SoakerCIHigh  float64 `json:"soaker_ci_high"`
 	// Difference is (account - counting loop) / counting loop, of the medians.
-	Difference float64   `json:"difference"`
-	Agreement  Agreement `json:"agreement"`
+	Difference float64 `json:"difference"`
+	// DifferenceLow and DifferenceHigh are the interval of account - counting
+	// loop, sample by sample, by the median of the counting loop.
+	DifferenceLow  float64   `json:"difference_ci_low"`
+	DifferenceHigh float64   `json:"difference_ci_high"`
+	Agreement      Agreement `json:"agreement"`
 	// NanosecondsPerTick is the median of the product's account of one check.
 	NanosecondsPerTick float64 `json:"ns_per_tick"`
 	Ticks              uint64  `json:"ticks"`
@@ -161,10 +165,11 @@ func NewCurve(clock sample.Clock, samples []sample.Sample) (*Curve, error) {
 // newPeriod summarizes the samples at one period.
 func newPeriod(samples []sample.Sample) (Period, error) {
 	p := Period{PeriodS: samples[0].Period.Seconds(), MinTicks: math.MaxUint64}
-	var account, soaker, tick []float64
+	var account, soaker, apart, tick []float64
 	for _, s := range samples {
 		account = append(account, s.CPUPercent())
 		soaker = append(soaker, s.SoakerPercent())
+		apart = append(apart, s.CPUPercent()-s.SoakerPercent())
 		if s.Account.Ticks == 0 {
 			return p, fmt.Errorf("repetition %d has no tick at all", s.Repetition)
 		}
@@ -176,34 +181,37 @@ func newPeriod(samples []sample.Sample) (Period, error) {
 	}
 	a, errAccount := Summarize(account)
 	l, errSoaker := Summarize(soaker)
+	d, errApart := Summarize(apart)
 	t, errTick := Summarize(tick)
 	p.CPUPercent, p.CILow, p.CIHigh, p.N = a.Median, a.Low, a.High, a.N
 	p.SoakerPercent, p.SoakerCILow, p.SoakerCIHigh = l.Median, l.Low, l.High
 	p.NanosecondsPerTick = t.Median
-	p.Difference = (p.CPUPercent - p.SoakerPercent) / math.Abs(p.SoakerPercent)
-	if math.IsInf(p.Difference, 0) || math.IsNaN(p.Difference) {
-		p.Difference = math.Copysign(math.MaxFloat64, p.CPUPercent) // nothing to compare with
-	}
+	p.Difference = relative(p.CPUPercent-p.SoakerPercent, p.SoakerPercent)
+	p.DifferenceLow, p.DifferenceHigh = relative(d.Low, p.SoakerPercent), relative(d.High, p.SoakerPercent)
 	p.Agreement = agreement(p)
-	return p, errors.Join(errAccount, errSoaker, errTick)
+	return p, errors.Join(errAccount, errSoaker, errApart, errTick)
+}
+
+// relative is difference / |of|, kept within what JSON can say where there is
+// nothing to relate to.
+func relative(difference, of float64) float64 {
+	if difference == 0 {
+		return 0
+	}
+	return min(max(difference/math.Abs(of), -math.MaxFloat64), math.MaxFloat64)
 }
 
 // agreement judges the medians and intervals of a period.
 func agreement(p Period) Agreement {
-	// nearest is the value in the counting loop's interval next to the account.
-	nearest := min(max(p.CPUPercent, p.SoakerCILow), p.SoakerCIHigh)
-	within := func(soaker float64) bool {
-		return math.Abs(p.CPUPercent-soaker) <= AgreeWithin*math.Abs(soaker)
-	}
 	switch {
 	case max(p.CPUPercent, p.SoakerPercent) <= AgreeAbove:
 		return AgreementNotRequired
-	case within(p.SoakerPercent):
+	case math.Abs(p.Difference) <= AgreeWithin:
 		return AgreementYes
-	case within(nearest):
-		return AgreementUnresolved
+	case p.DifferenceLow > AgreeWithin || p.DifferenceHigh < -AgreeWithin:
+		return AgreementNo
 	}
-	return AgreementNo
+	return AgreementUnresolved
 }
 
 // With returns the periods with one of these judgements.

@@ -32,6 +32,7 @@ var columns = []struct {
 	integer("daemon_ns", func(s *Sample) *time.Duration { return &s.Account.Daemon }),
 	integer("worker_ns", func(s *Sample) *time.Duration { return &s.Account.Worker }),
 	integer("interrupt_ns", func(s *Sample) *time.Duration { return &s.Account.Interrupt }),
+	integer("longest_ns", func(s *Sample) *time.Duration { return &s.Account.Longest }),
 	integer("ticks", func(s *Sample) *uint64 { return &s.Account.Ticks }),
 	integer("missed", func(s *Sample) *uint64 { return &s.Account.Missed }),
 	integer("switches", func(s *Sample) *uint64 { return &s.Account.Switches }),

@@ -30,8 +30,8 @@ var (
 	fast = mode{
 		quick: true,
 		claim: sample.Plan{Clock: sample.Icount, Periods: sample.Periods,
-			Repetitions: 10, MinTicks: 10, MaxTicks: 500, Window: 5 * time.Second},
-		check: sample.Plan{Clock: sample.Wall, Periods: []time.Duration{100 * time.Millisecond, 10 * time.Millisecond, time.Millisecond},
+			Repetitions: 7, MinTicks: 10, MaxTicks: 300, Window: 3 * time.Second},
+		check: sample.Plan{Clock: sample.Wall, Periods: []time.Duration{100 * time.Millisecond, 20 * time.Millisecond},
 			Repetitions: 6, MinTicks: 10, MaxTicks: 500, Window: time.Second},
 		timeout: 10 * time.Minute,
 	}
