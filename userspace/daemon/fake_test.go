@@ -144,10 +144,13 @@ func (h *fakeHost) host() host {
 }
 
 // start makes a VM whose guest is up, and tells of it.
-func (h *fakeHost) start(id kvmaccess.VMID, pid int, name string) *fakeGuest {
+func (h *fakeHost) start(id kvmaccess.VMID, pid int, name string, change ...func(*fakeGuest)) *fakeGuest {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	g := &fakeGuest{up: true, value: 1}
+	for _, c := range change {
+		c(g)
+	}
 	vm := kvmaccess.VM{ID: id, PID: pid, VCPUs: 1, Memory: 1 << 30}
 	h.vms[id] = vm
 	h.vmms[pid] = kvmaccess.VMM{Name: name, UUID: fmt.Sprintf("00000000-0000-0000-0000-%012d", pid), Start: uint64(1000 + pid)}

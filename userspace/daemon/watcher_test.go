@@ -305,8 +305,7 @@ func TestWaiting(t *testing.T) {
 	daemonTest(t, func(t *testing.T, h *fakeHost, dir string) {
 		r := newRig(t, h, dir, func(c *Config) { c.Period = 10 * time.Millisecond })
 		defer r.stop()
-		g := h.start(1, 10, "web")
-		g.set(func(g *fakeGuest) { g.up = false })
+		g := h.start(1, 10, "web", func(g *fakeGuest) { g.up = false })
 		settleDown()
 		if s := r.status(1); s.State != StateWaiting || s.Reason != "not up" || s.Ticks != 0 {
 			t.Errorf("a guest that is not up: %+v", s)
