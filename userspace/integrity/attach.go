@@ -18,6 +18,8 @@ import (
 // watched and evaluates it; or it leaves the Monitor waiting.
 func (m *Monitor) attach(ctx context.Context) error {
 	m.wait("not attached yet")
+	m.attaching = true // what lies elsewhere now has been seen to
+	defer func() { m.attaching = false }()
 	now := m.now()
 	if _, err := m.scan(ctx, now); err != nil {
 		return err
@@ -49,7 +51,18 @@ func (m *Monitor) attach(ctx context.Context) error {
 	}
 	handler := medianHandler(gates)
 	m.findImage(gates)
-	if g.Image == nil || !m.fixRoot(ctx, handler) {
+	if g.Image != nil && !m.fixRoot(ctx, handler) {
+		if table, ok := g.Image.Lookup(tableSyscalls); ok {
+			if root, err := m.kernelRoot(ctx, table); err == nil {
+				m.root = root
+			}
+		}
+	}
+	if g.Image != nil && !m.symbolsFit(ctx) {
+		m.problem("%v (the gates of the IDT fit, the system call table does not)", guest.ErrSymbolsMismatch)
+		g.Image, m.rootFixed = nil, false
+	}
+	if !m.rootFixed {
 		probe := m.leader.state.GS.Base
 		if m.leader.state.CPL == 3 {
 			probe = m.leader.state.KernelGSBase
@@ -61,7 +74,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 		if err != nil {
 			return m.unreadable("the kernel's page tables", err)
 		}
-		m.isolated = m.isolated || root != m.root
+		m.isolated = m.isolated || root != g.Mode.RootOf(m.leader.state.CR3)
 		m.root = root
 	}
 	if !m.booted(ctx, idt) {
@@ -79,7 +92,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 	m.findPinned(ctx)
 	m.findRanges()
 	boot := m.witness(ctx)
-	m.rebase(gates, boot)
+	m.rebase(ctx, gates, boot)
 	m.boot = boot
 
 	m.layout()
@@ -165,6 +178,26 @@ func (m *Monitor) findImage(gates []guest.Gate) {
 		return
 	}
 	m.g.Image = guest.NewImage(m.opts.Symbols, slide.Value)
+}
+
+// symbolsFit says whether the system call table is where the symbols have it.
+// That the IDT fits is not enough: neighbouring versions of a kernel often have
+// the entry code, which all gates point to, at the same place, and nothing
+// else. Entries outside kernel text say nothing: they are an attacker's.
+func (m *Monitor) symbolsFit(ctx context.Context) bool {
+	m.g.Linux, m.g.Text = true, m.g.Image.Text()
+	fit, of := 0, 0
+	for _, it := range m.syscalls(ctx) {
+		if !m.g.Text.Contains(uint64(it.Value.Value)) {
+			continue
+		}
+		of++
+		if all, offset := m.g.Image.At(uint64(it.Value.Value)); len(all) > 0 && offset == 0 {
+			fit++
+		}
+	}
+	const fewest = 16
+	return of < fewest || 2*fit > of
 }
 
 // fixRoot finds the page tables of the kernel itself, which unlike a process'
@@ -326,14 +359,14 @@ func (m *Monitor) witness(ctx context.Context) Hex {
 
 // rebase moves the baseline to where the kernel runs now, or drops it if it is
 // of another kernel. How far the kernel moved is what more than half of the
-// gates agree on.
-func (m *Monitor) rebase(gates []guest.Gate, boot Hex) {
+// exceptions' gates agree on: interrupts' ones look the same in many kernels.
+func (m *Monitor) rebase(ctx context.Context, gates []guest.Gate, boot Hex) {
 	if !m.based {
 		return
 	}
 	votes := map[uint64]int{}
 	of := 0
-	for _, g := range gates {
+	for _, g := range gates[:min(32, len(gates))] {
 		t := m.items[itemKey{checkIDT, "idt", -1, g.Vector, ""}]
 		if t == nil || t.base == nil || !g.Present {
 			continue
@@ -351,17 +384,18 @@ func (m *Monitor) rebase(gates []guest.Gate, boot Hex) {
 	if !found {
 		delta, found = m.entryDelta()
 	}
-	const fewest = 16
+	const fewest = 8
+	again := delta != 0 || boot != 0 && m.boot != 0 && boot != m.boot
 	switch {
 	case of < fewest: // the IDT was not checked: nothing to compare
 		return
-	case !found:
+	case !found, again && !m.sameSyscalls(ctx, delta):
 		m.items = map[itemKey]*tracked{}
 		m.based = false
 		m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
 			Message: fmt.Sprintf("guest %v runs another kernel than its baseline is of: a new baseline was taken", m.vm)})
 		return
-	case delta == 0 && (boot == 0 || m.boot == 0 || boot == m.boot):
+	case !again:
 		return
 	}
 	for _, t := range m.items {
@@ -370,13 +404,46 @@ func (m *Monitor) rebase(gates []guest.Gate, boot Hex) {
 		}
 		switch t.base.Scope {
 		case ScopeImage:
-			t.base.Value.Value += Hex(delta)
+			if t.base.Value.Value != 0 {
+				t.base.Value.Value += Hex(delta)
+			}
 		case ScopeBoot:
 			t.base = nil
 		}
 	}
 	m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
 		Message: fmt.Sprintf("guest %v was restarted: its kernel lies %s than before", m.vm, moved(delta))})
+}
+
+// sameSyscalls says whether most of the system call table is as it was, moved
+// by delta, as far as that can be told.
+func (m *Monitor) sameSyscalls(ctx context.Context, delta uint64) bool {
+	same, of := 0, 0
+	for _, it := range m.syscalls(ctx) {
+		if t := m.items[it.key()]; t != nil && t.base != nil {
+			of++
+			if it.same(t.base, delta) {
+				same++
+			}
+		}
+	}
+	return of == 0 || 2*same > of
+}
+
+// syscalls reads the system call table; nil: it cannot be read.
+func (m *Monitor) syscalls(ctx context.Context) []Item {
+	if m.g.Image == nil {
+		return nil
+	}
+	r, ok := syscallTable(m.g, tableSyscalls)
+	if !ok {
+		return nil
+	}
+	data, err := m.fetch(ctx, r.Address, r.Length)
+	if err != nil {
+		return nil
+	}
+	return syscallItems(m.g, tableSyscalls, data, nil)
 }
 
 // entryDelta is how far the kernel moved by LSTAR and CSTAR, if these agree.

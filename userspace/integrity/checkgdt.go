@@ -150,6 +150,9 @@ func gdtItems(g *Guest, cpu *kvmaccess.VCPU, data []byte, err error) []Item {
 	}
 	var items []Item
 	for _, d := range guest.ParseGDT(data, long) {
+		if d.Raw == 0 && (long && d.Index >= gdtEntries64 || d.Index >= gdtEntries32) {
+			continue // beyond Linux's table: what is there is what counts
+		}
 		it := Item{Check: checkGDT, Object: "gdt", VCPU: ref(cpu.ID), Entry: ref(d.Index), Name: names[d.Index]}
 		raw := d.Raw
 		if !d.System || d.TSS() && d.Type&2 != 0 {
@@ -175,9 +178,11 @@ func gdtItems(g *Guest, cpu *kvmaccess.VCPU, data []byte, err error) []Item {
 		if it.Raw != "" {
 			it.Value.Value = Hex(raw)
 		}
+		if long && d.Index == ldt64+1 && d.Raw == 0 {
+			it.Raw, it.Value = partRaw, Value{Detail: "unused"}
+		}
 		items = append(items, it)
-		if d.Wide && d.Index != tss64 && d.Index != ldt64 {
-			// The gate, or what else does not belong here, says it all.
+		if d.Wide { // says it all about both entries
 			items = append(items, Item{Check: checkGDT, Object: "gdt", VCPU: ref(cpu.ID), Entry: ref(d.Index + 1), Name: names[d.Index+1], Raw: partRaw})
 		}
 	}

@@ -122,6 +122,7 @@ func idtItems(g *Guest, vcpu *uint32, data []byte, err error) []Item {
 		switch {
 		case !gate.Present:
 			// Nothing can come of it but an exception.
+			it.Scope = ScopeAlways
 			it.Value.Symbol, it.Value.Module = "", ""
 		case gate.Type == guest.TypeTaskGate:
 			// 32-bit Linux has one, for double faults.

@@ -13,8 +13,7 @@ import (
 // evaluate makes the items of what changed and compares them with the
 // baseline.
 func (m *Monitor) evaluate(ctx context.Context) error {
-	if m.restarted() {
-		m.wait("the guest was restarted")
+	if !m.attaching && m.restarted() {
 		return m.attach(ctx)
 	}
 	if !m.based {

@@ -58,7 +58,7 @@ func (it *Item) key() itemKey {
 // image lay delta bytes lower.
 func (it *Item) same(base *Item, delta uint64) bool {
 	old := base.Value.Value
-	if base.Scope == ScopeImage {
+	if base.Scope == ScopeImage && old != 0 {
 		old += Hex(delta)
 	}
 	if it.Raw == partRaw || base.Raw == partRaw {

@@ -93,6 +93,8 @@ type Monitor struct {
 	data    [][]byte          // what was read of ranges last; nil: nothing could be
 	errs    []error           // why
 
+	attaching bool
+
 	// Settling of a guest without symbols.
 	settling time.Time
 	seen     [32]byte

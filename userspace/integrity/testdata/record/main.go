@@ -17,6 +17,7 @@ import (
 	"log"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
@@ -59,19 +60,22 @@ func run(id kvmaccess.VMID, symbols, note, out string) error {
 		return fmt.Errorf("%s: %w", symbols, err)
 	}
 	ranges := []integrity.MemoryRange{{Symbol: "entry_SYSCALL_64", Length: 4096}}
-	var snapshot *guest.Snapshot
-	for _, opts := range []integrity.Options{{Ranges: ranges, Symbols: s}, {Ranges: ranges}} {
-		next, err := integrity.Record(ctx, client, vm, opts)
-		if err != nil {
-			return err
-		}
-		if snapshot != nil {
-			for frame, page := range snapshot.Pages {
-				next.Pages[frame] = page
+	snapshot := &guest.Snapshot{VM: vm, Pages: guest.Pages{}}
+	if snapshot.CPUs, err = client.VCPUs(ctx, id); err != nil {
+		return err
+	}
+	for _, symbols := range []*guest.Symbols{s, nil} {
+		for _, half := range []uint64{0, userHalf} {
+			next, err := integrity.Record(ctx, states{client, snapshot.CPUs, half}, vm, integrity.Options{Ranges: ranges, Symbols: symbols})
+			if err != nil && half == 0 {
+				return err
+			} else if err != nil {
+				continue // the guest has no page-table isolation
 			}
-			next.CPUs = snapshot.CPUs
+			for frame, page := range next.Pages {
+				snapshot.Pages[frame] = page
+			}
 		}
-		snapshot = next
 	}
 	snapshot.Notes = map[string]string{"guest": note, "recorder": "userspace/integrity/testdata/record"}
 	f, err := os.Create(out + ".snapshot")
@@ -85,6 +89,30 @@ func run(id kvmaccess.VMID, symbols, note, out string) error {
 		return err
 	}
 	return trim(string(text), out+".kallsyms.gz")
+}
+
+// userHalf is the bit of CR3 with which a program's page tables are used under
+// page-table isolation.
+const userHalf = 1 << 12
+
+// states is a client that gives the vCPUs' states of one instant again, in
+// the kernel's or in a program's page tables.
+type states struct {
+	integrity.Source
+	cpus []kvmaccess.VCPU
+	half uint64
+}
+
+func (s states) VCPUs(context.Context, kvmaccess.VMID) ([]kvmaccess.VCPU, error) {
+	cpus := slices.Clone(s.cpus)
+	for i := range cpus {
+		c := &cpus[i]
+		c.CR3 |= s.half
+		if s.half != 0 && c.CPL == 0 {
+			c.CPL, c.KernelGSBase, c.GS.Base = 3, c.GS.Base, c.KernelGSBase
+		}
+	}
+	return cpus, nil
 }
 
 // wanted are the symbols that checks look up.
