@@ -61,14 +61,15 @@ const maxDistance = 1 << 20
 
 // At returns the symbols at, or nearest below, a running address, and how far
 // below. A module's symbols are only found where the file is of this very
-// boot (slide 0): modules do not move with the image.
+// boot (slide 0): modules do not move with the image. Where a module ends is
+// not known: behind its last symbol only the rest of that page is its.
 func (m *Image) At(addr uint64) ([]Symbol, uint64) {
 	all, offset := m.Symbols.At(m.wrap(addr - m.Slide))
 	if len(all) == 0 || offset > maxDistance {
 		return nil, 0
 	}
 	if all[0].Module != "" {
-		if m.Slide != 0 {
+		if m.Slide != 0 || !m.Symbols.within(m.wrap(addr-m.Slide), all[0].Module) {
 			return nil, 0
 		}
 	} else if m.whole.End != 0 && !m.whole.Contains(addr) {

@@ -238,3 +238,13 @@ func (s *Symbols) next(addr uint64) (uint64, bool) {
 	}
 	return s.symbols[i].Address, true
 }
+
+// within says whether addr, at or behind a symbol of the module, is in it for
+// sure: before another of its symbols, or in the same page as the last one.
+func (s *Symbols) within(addr uint64, module string) bool {
+	i := sort.Search(len(s.symbols), func(i int) bool { return s.symbols[i].Address > addr })
+	if i < len(s.symbols) && s.symbols[i].Module == module {
+		return true
+	}
+	return i > 0 && s.symbols[i-1].Address&^4095 == addr&^4095
+}

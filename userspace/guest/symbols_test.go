@@ -173,6 +173,17 @@ func TestImage(t *testing.T) {
 		if !m.Is(text+slide, "_stext") || m.Is(text+1+slide, "_stext") {
 			t.Errorf("slide %#x: Is", slide)
 		}
+		for at, want := range map[uint64]string{
+			0xffffffffc0000050: "init_module+0x50 [evil]",
+			0xffffffffc0000fff: "sys_call_table+0xeff [evil]", // in the last symbol's page
+			0xffffffffc0001000: "bpf_prog_6deef7357e7b4530 [bpf]",
+			0xffffffffc0002000: "", // behind it
+			0xffffffffbfffffff: "",
+		} {
+			if got := m.Name(at); slide == 0 && got != want {
+				t.Errorf("Name(%#x) = %q, want %q", at, got, want)
+			}
+		}
 		want := ""
 		if slide == 0 {
 			want = "sys_call_table+0x5 [evil]"
