@@ -53,7 +53,11 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, g.Kill()) }()
+	defer func() {
+		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopLimit)
+		defer cancel()
+		err = errors.Join(err, g.Stop(stop))
+	}()
 	symbols := filepath.Join(dir, guestName+".kallsyms")
 	text, err := g.Symbols(ctx)
 	if err != nil {

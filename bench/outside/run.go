@@ -33,13 +33,21 @@ type Run struct {
 	Log     *slog.Logger
 }
 
-// Take boots a host, has the samples taken there, and returns them in the
-// order in which they were taken. What came before an error is returned with
-// it.
-func (r *Run) Take(ctx context.Context) (*inside.Host, []sample.Sample, error) {
+// Result is what a run gave.
+type Result struct {
+	Host    inside.Host
+	Samples []sample.Sample // in the order in which they were taken
+	// Elsewhere is how many CPUs of this machine were busy with other things
+	// than the run, on average.
+	Elsewhere float64
+}
+
+// Take boots a host and has the samples taken there. If all of them are there
+// but the host then ends badly, the result comes with an error.
+func (r *Run) Take(ctx context.Context) (*Result, error) {
 	plan, err := json.Marshal(r.Plan)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	args := []string{"run", "--timeout", r.Timeout.String()}
 	if r.Plan.Clock == sample.Icount {
@@ -68,10 +76,15 @@ func (r *Run) Take(ctx context.Context) (*inside.Host, []sample.Sample, error) {
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
+	}
+	start := time.Now()
+	before, err := busy()
+	if err != nil {
+		return nil, err
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if cmd.SysProcAttr != nil {
 		// Where the kernel groups processes by session, priorities count
@@ -83,7 +96,21 @@ func (r *Run) Take(ctx context.Context) (*inside.Host, []sample.Sample, error) {
 		}
 	}
 	host, samples, err := r.receive(out)
-	return host, samples, errors.Join(err, cmd.Wait())
+	end := cmd.Wait()
+	if err != nil {
+		return nil, errors.Join(err, end)
+	}
+	after, err := busy()
+	if err != nil {
+		return nil, errors.Join(err, end)
+	}
+	// What it waited for, the emulator, counts as its own.
+	own := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	return &Result{
+		Host:      *host,
+		Samples:   samples,
+		Elsewhere: max(0, float64(after-before-own)/float64(time.Since(start))),
+	}, end
 }
 
 // receive reads messages to the last.

@@ -80,6 +80,9 @@ type Curve struct {
 	IsoCostNote    string   `json:"iso_cost_note,omitempty"`
 	// IsoCostSoakerPeriodS is the same for the counting loop.
 	IsoCostSoakerPeriodS *float64 `json:"iso_cost_soaker_period_s"`
+	// Elsewhere is how many CPUs of the machine that emulates were busy with
+	// other things, on average: noise of a wall clock.
+	Elsewhere float64 `json:"elsewhere_cpus"`
 	// Notes say what limits the numbers, for a reader.
 	Notes []string `json:"notes,omitempty"`
 }

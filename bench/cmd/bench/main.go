@@ -104,20 +104,25 @@ func run(ctx context.Context, o options, stdout io.Writer) error {
 	r := &report.Report{Plans: o.mode.plans(o.seed), Machine: report.ThisMachine()}
 	var samples []sample.Sample
 	var curves []*overhead.Curve
+	var trouble []error
 	for _, plan := range r.Plans {
 		log.Info("measuring", "clock", plan.Clock, "samples", len(plan.Steps()), "seed", plan.Seed,
 			"host's time", plan.Duration().Round(time.Second))
 		take := outside.Run{Plan: plan, CPUs: 2, Dir: dir, Timeout: o.mode.timeout, Log: log}
-		host, taken, err := take.Take(ctx)
-		if err != nil {
+		result, err := take.Take(ctx)
+		if result == nil {
 			return fmt.Errorf("%s: %w", plan.Clock, err)
 		}
-		r.Machine.Kernel = host.Kernel
-		curve, err := overhead.NewCurve(plan.Clock, taken)
+		if err != nil {
+			trouble = append(trouble, fmt.Errorf("%s: after the last sample: %w", plan.Clock, err))
+		}
+		r.Machine.Kernel = result.Host.Kernel
+		curve, err := overhead.NewCurve(plan.Clock, result.Samples)
 		if err != nil {
 			return err
 		}
-		samples = append(samples, taken...)
+		curve.Elsewhere = result.Elsewhere
+		samples = append(samples, result.Samples...)
 		curves = append(curves, curve)
 	}
 	r.Summary = &overhead.Summary{
@@ -138,7 +143,7 @@ func run(ctx context.Context, o options, stdout io.Writer) error {
 		return err
 	}
 	log.Info("results are written", "directory", o.out, "took", time.Since(start).Round(time.Second))
-	return judge(curves)
+	return errors.Join(append(trouble, judge(curves))...)
 }
 
 // show prints the curves as tables.

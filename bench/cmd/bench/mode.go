@@ -20,7 +20,7 @@ var (
 	// full is within 40 minutes on two cores.
 	full = mode{
 		claim: sample.Plan{Clock: sample.Icount, Periods: sample.Periods,
-			Repetitions: 20, MinTicks: 10, MaxTicks: 1000, Window: 10 * time.Second},
+			Repetitions: 12, MinTicks: 10, MaxTicks: 1000, Window: 10 * time.Second},
 		check: sample.Plan{Clock: sample.Wall, Periods: sample.Periods,
 			Repetitions: 10, MinTicks: 10, MaxTicks: 1000, Window: 2 * time.Second},
 		timeout: time.Hour,
