@@ -28,10 +28,8 @@ kvmaccess_compat_dump_attrs(struct netlink_callback *cb)
 
 /* "KVM: Allow arch code to track number of memslot address spaces per VM", 6.8 */
 #ifdef KVM_ADDRESS_SPACE_NUM
-#define KVMACCESS_COMPAT_AS_MAX KVM_ADDRESS_SPACE_NUM
 #define kvmaccess_compat_as_num(kvm) KVM_ADDRESS_SPACE_NUM
 #else
-#define KVMACCESS_COMPAT_AS_MAX KVM_MAX_NR_ADDRESS_SPACES
 #define kvmaccess_compat_as_num(kvm) kvm_arch_nr_memslot_as_ids(kvm)
 #endif
 

@@ -37,8 +37,8 @@ static const struct nla_policy vm_policy[] = {
 
 static const struct nla_policy memslot_policy[] = {
 	[KVMACCESS_A_MEMSLOT_VM_ID]	= { .type = NLA_U64 },
-	[KVMACCESS_A_MEMSLOT_AS_ID]	= NLA_POLICY_MAX(NLA_U32, KVMACCESS_COMPAT_AS_MAX - 1),
-	[KVMACCESS_A_MEMSLOT_SLOT]	= NLA_POLICY_RANGE(NLA_U32, 0, KVM_MEM_SLOTS_NUM - 1),
+	[KVMACCESS_A_MEMSLOT_AS_ID]	= { .type = NLA_U32 },
+	[KVMACCESS_A_MEMSLOT_SLOT]	= { .type = NLA_U32 },
 };
 
 static const struct nla_policy vcpu_policy[] = {
@@ -49,8 +49,7 @@ static const struct nla_policy vcpu_policy[] = {
 static const struct nla_policy table_policy[] = {
 	[KVMACCESS_A_TABLE_VM_ID]	= { .type = NLA_U64 },
 	[KVMACCESS_A_TABLE_VCPU_ID]	= { .type = NLA_U32 },
-	[KVMACCESS_A_TABLE_KIND]	= NLA_POLICY_RANGE(NLA_U32, KVMACCESS_TABLE_GDT,
-							   KVMACCESS_TABLE_IDT),
+	[KVMACCESS_A_TABLE_KIND]	= { .type = NLA_U32 },
 	[KVMACCESS_A_TABLE_OFFSET]	= { .type = NLA_U32 },
 	[KVMACCESS_A_TABLE_LENGTH]	= { .type = NLA_U32 },
 };
@@ -414,20 +413,12 @@ static int memslot_start(struct netlink_callback *cb)
 {
 	struct nlattr *attr = kvmaccess_compat_dump_attrs(cb)[KVMACCESS_A_MEMSLOT_VM_ID];
 	struct memslot_cursor *cursor = (void *)cb->ctx;
-	struct kvmaccess_vm *vm;
-	int err;
 
 	BUILD_BUG_ON(sizeof(*cursor) > sizeof(cb->ctx));
 
-	err = check_capable(cb->skb, cb->extack);
-	if (err)
-		return err;
-	vm = get_vm(attr, cb->extack);
-	if (IS_ERR(vm))
-		return PTR_ERR(vm);
-	cursor->vm_id = vm->id;
-	kvmaccess_vm_put(vm);
-	return 0;
+	/* No id is 0. An explanation can be given from the dump on only. */
+	cursor->vm_id = attr ? nla_get_u64(attr) : 0;
+	return check_capable(cb->skb, cb->extack);
 }
 
 /* A memslot that changes while they are dumped interrupts the dump. */
@@ -477,6 +468,8 @@ static int memslot_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 
 	if (cursor->done)
 		return 0;
+	if (!cursor->vm_id)
+		return miss(cb->extack, "VM_ID is missing");
 	vm = kvmaccess_vm_get(cursor->vm_id, cb->extack);
 	if (IS_ERR(vm))
 		return PTR_ERR(vm);
@@ -648,20 +641,12 @@ static int vcpu_start(struct netlink_callback *cb)
 {
 	struct nlattr *attr = kvmaccess_compat_dump_attrs(cb)[KVMACCESS_A_VCPU_VM_ID];
 	struct vcpu_cursor *cursor = (void *)cb->ctx;
-	struct kvmaccess_vm *vm;
-	int err;
 
 	BUILD_BUG_ON(sizeof(*cursor) > sizeof(cb->ctx));
 
-	err = check_capable(cb->skb, cb->extack);
-	if (err)
-		return err;
-	vm = get_vm(attr, cb->extack);
-	if (IS_ERR(vm))
-		return PTR_ERR(vm);
-	cursor->vm_id = vm->id;
-	kvmaccess_vm_put(vm);
-	return 0;
+	/* No id is 0. An explanation can be given from the dump on only. */
+	cursor->vm_id = attr ? nla_get_u64(attr) : 0;
+	return check_capable(cb->skb, cb->extack);
 }
 
 static int vcpu_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
@@ -673,6 +658,8 @@ static int vcpu_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 	u64 start;
 	void *head;
 
+	if (!cursor->vm_id)
+		return miss(cb->extack, "VM_ID is missing");
 	vm = kvmaccess_vm_get(cursor->vm_id, cb->extack);
 	if (IS_ERR(vm))
 		return PTR_ERR(vm);
@@ -1008,6 +995,7 @@ static int table_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 
 static int table_doit(struct sk_buff *request, struct genl_info *info)
 {
+	struct nlattr *kind = info->attrs[KVMACCESS_A_TABLE_KIND];
 	struct nlattr *len = info->attrs[KVMACCESS_A_TABLE_LENGTH];
 	struct kvmaccess_vcpu_state *state;
 	u64 start = ktime_get_ns();
@@ -1021,8 +1009,12 @@ static int table_doit(struct sk_buff *request, struct genl_info *info)
 	err = check_capable(request, info->extack);
 	if (err)
 		return err;
-	if (!info->attrs[KVMACCESS_A_TABLE_KIND])
+	if (!kind)
 		return miss(info->extack, "KIND is missing");
+	if (nla_get_u32(kind) != KVMACCESS_TABLE_GDT && nla_get_u32(kind) != KVMACCESS_TABLE_IDT) {
+		NL_SET_ERR_MSG_ATTR(info->extack, kind, "KIND is neither GDT nor IDT");
+		return -EINVAL;
+	}
 	if (len && !nla_get_u32(len)) {
 		NL_SET_ERR_MSG_ATTR(info->extack, len, "LENGTH is 0");
 		return -EINVAL;
