@@ -258,7 +258,7 @@ func (m *Monitor) booted(ctx context.Context, idt []byte) bool {
 		}
 		return true
 	}
-	if m.opts.Settle < 0 {
+	if m.opts.Settle < 0 || m.protected(ctx, idt) {
 		return true
 	}
 	h := sha256.New()
@@ -274,10 +274,18 @@ func (m *Monitor) booted(ctx context.Context, idt []byte) bool {
 		m.seen, m.settling = sum, now
 	}
 	if now.Sub(m.settling) < m.opts.Settle {
-		m.wait("no symbols tell whether the guest has booted: waiting until it stays the same or runs a program")
+		m.wait("no symbols tell whether the guest has booted: waiting until it write-protects its kernel, runs a program, or stays the same")
 		return false
 	}
 	return true
+}
+
+// protected says whether the kernel's text is mapped read-only, which is the
+// last that a kernel does before it starts init (mark_readonly in init/main.c).
+func (m *Monitor) protected(ctx context.Context, idt []byte) bool {
+	handler := medianHandler(guest.ParseIDT(idt, m.g.Mode.Long()))
+	t, err := guest.Translate(ctx, m.mem, m.g.Mode, m.root, handler)
+	return err == nil && t.Execute && !t.Write && !t.User
 }
 
 func (m *Monitor) findText(ctx context.Context, handler uint64) {

@@ -34,9 +34,10 @@ type Options struct {
 	Memory      guest.Memory   // physical memory; default: the Source's ReadPhysical, which does not get at pages that the host swapped out
 	MaxFindings int            // that one Attach or Tick returns at most; default 256, the rest follows in the next ones
 
-	// Settle is how long a guest of which there are no symbols must stay the
-	// same, or until a program is seen running, before it counts as booted;
-	// default 1 s, negative: not at all. With symbols the kernel itself tells.
+	// Settle is how long a guest of which there are no symbols, and that does
+	// not write-protect its kernel, must stay the same before it counts as
+	// booted, unless a program is seen running; default 30 s, negative: not at
+	// all. With symbols the kernel itself tells.
 	Settle time.Duration
 	Now    func() time.Time // default: time.Now
 }
@@ -168,7 +169,7 @@ const (
 	maxQueue       = 16384
 	maxVCPUs       = 4096
 	textSearch     = 128 << 20
-	defaultSettles = time.Second
+	defaultSettles = 30 * time.Second
 )
 
 // NewMonitor makes a Monitor of vm. It reads nothing yet. The error says what

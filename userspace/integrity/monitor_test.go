@@ -868,28 +868,47 @@ func TestNotLinux(t *testing.T) {
 	}
 }
 
-// TestSettle: without symbols a guest that is still changing is waited for.
+// TestSettle: without symbols a guest is waited for until it write-protects its
+// kernel, runs a program, or stays the same.
 func TestSettle(t *testing.T) {
-	w := made(t, true, 0, 1)
-	m := w.monitor(Options{})
-	for range 15 {
-		w.CPUs[0].SysenterESP++
-		w.quiet(m)
+	booting := func() (*world, *Monitor) {
+		w := made(t, true, 0, 1)
+		w.protect(false)
+		m := w.monitor(Options{Settle: time.Second})
+		for range 15 {
+			w.CPUs[0].SysenterESP++
+			w.quiet(m)
+		}
+		if s := m.Status(); s.State != StateWaiting || !strings.Contains(s.Reason, "booted") {
+			t.Errorf("%+v", s)
+		}
+		return w, m
 	}
-	if s := m.Status(); s.State != StateWaiting {
-		t.Errorf("%+v", s)
-	}
+	w, m := booting()
 	for range 4 {
 		w.quiet(m)
 	}
 	w.watching(m)
 
-	w = made(t, true, 0, 1)
-	m = w.monitor(Options{})
-	w.quiet(m)
-	w.CPUs[0].CPL = 3 // a program runs
+	w, m = booting()
+	w.CPUs[0].CPL = 3
 	w.quiet(m)
 	w.watching(m)
+
+	w, m = booting()
+	w.protect(true)
+	w.quiet(m)
+	w.watching(m)
+}
+
+// protect makes the kernel's text of a made 64-bit guest read-only, or not.
+func (w *world) protect(on bool) {
+	at := 0x3000 + uint64(made64)>>21&511*8
+	entry := uint64(0x400000 | 0x83)
+	if on {
+		entry &^= 2
+	}
+	w.pages.WritePhysical(at, le64(entry))
 }
 
 func TestBaseline(t *testing.T) {
