@@ -90,9 +90,10 @@ type Monitor struct {
 	scanned   time.Time
 
 	objects []object
-	ranges  []kvmaccess.Range // that the objects need, each once
-	data    [][]byte          // what was read of ranges last; nil: nothing could be
-	errs    []error           // why
+	ranges  []kvmaccess.Range     // that the objects need, each once
+	data    [][]byte              // what was read of ranges last; nil: nothing could be
+	errs    []error               // why
+	dst     []kvmaccess.RangeData // for the next read
 
 	attaching bool
 
@@ -410,7 +411,7 @@ func (m *Monitor) read(ctx context.Context) (changed bool, err error) {
 	if !m.rootFixed {
 		root = m.currentRoot()
 	}
-	out, err := m.src.ReadVirtual(ctx, m.vm.ID, m.leader.state.ID, root, m.ranges...)
+	out, err := m.readRanges(ctx, root)
 	if err != nil && !rangeError(err) {
 		return false, fmt.Errorf("read memory of guest %v: %w", m.vm, err)
 	}
@@ -431,6 +432,27 @@ func (m *Monitor) read(ctx context.Context) (changed bool, err error) {
 		}
 	}
 	return changed, nil
+}
+
+// intoSource is a Source that reads into memory that is used again: a tick
+// leaves nothing behind then.
+type intoSource interface {
+	ReadVirtualInto(ctx context.Context, vm kvmaccess.VMID, vcpu uint32, root uint64, dst []kvmaccess.RangeData) error
+}
+
+// readRanges reads all ranges. What it returns is good until the next call.
+func (m *Monitor) readRanges(ctx context.Context, root uint64) ([]kvmaccess.RangeData, error) {
+	into, ok := m.src.(intoSource)
+	if !ok {
+		return m.src.ReadVirtual(ctx, m.vm.ID, m.leader.state.ID, root, m.ranges...)
+	}
+	if len(m.dst) != len(m.ranges) {
+		m.dst = make([]kvmaccess.RangeData, len(m.ranges))
+	}
+	for i, r := range m.ranges {
+		m.dst[i].Range = r
+	}
+	return m.dst, into.ReadVirtualInto(ctx, m.vm.ID, m.leader.state.ID, root, m.dst)
 }
 
 // currentRoot is the leader's page tables, the kernel's half of them.

@@ -24,7 +24,8 @@ func TestHonest(t *testing.T) {
 		name  string
 		world func() *world
 	}{
-		{"Debian 12", func() *world { return debian(t) }},
+		{"Debian 12", func() *world { return recorded(t, "debian12") }},
+		{"Debian 12, isolated, 5-level paging", func() *world { return debian(t) }},
 		{"Debian 12 in user mode, isolated", func() *world {
 			w := debian(t)
 			for i := range w.CPUs {

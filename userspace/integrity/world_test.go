@@ -32,9 +32,12 @@ type world struct {
 
 // debian is a recorded Debian 12 guest with page-table isolation and 5-level
 // paging (see testdata/record).
-func debian(t testing.TB) *world {
+func debian(t testing.TB) *world { return recorded(t, "debian12-pti") }
+
+// recorded is a guest of testdata.
+func recorded(t testing.TB, name string) *world {
 	t.Helper()
-	f, err := os.ReadFile("testdata/debian12-pti.snapshot")
+	f, err := os.ReadFile("testdata/" + name + ".snapshot")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +45,7 @@ func debian(t testing.TB) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k, err := os.ReadFile("testdata/debian12-pti.kallsyms.gz")
+	k, err := os.ReadFile("testdata/" + name + ".kallsyms.gz")
 	if err != nil {
 		t.Fatal(err)
 	}
