@@ -8,6 +8,7 @@ KERNEL  ?= $(shell uname -r)
 KDIR    ?= /lib/modules/$(KERNEL)/build
 PREFIX  ?= /usr/local
 DESTDIR ?=
+UNITS   := $(PREFIX)/lib/systemd/system
 
 BIN      := bin
 PROGRAMS := kvmaccess kvmaccessd
@@ -44,7 +45,7 @@ help: ## say what there is
 	@echo 'HOST=here       test, demo: on this machine; it must load modules and have working KVM'
 	@echo 'QUICK=1         bench: a few minutes instead of forty'
 	@echo 'KERNEL, KDIR    kmod, install: for that kernel ($(KERNEL)), by that build directory'
-	@echo 'PREFIX, DESTDIR install: below $$DESTDIR/$(PREFIX)'
+	@echo 'PREFIX, DESTDIR install: below $$DESTDIR$$PREFIX ($(PREFIX)), by default of this machine'
 	@echo
 	@echo 'Fixtures are cached in $${XDG_CACHE_HOME:-~/.cache}/kvmaccess.'
 
@@ -107,8 +108,10 @@ install: ## install what "make" built: module, programs, completions, service
 		[ -e $$f ] || { echo "install: $$f is not built: run 'make' first" >&2; exit 1; }; done
 	install -D -m 644 $(MODULE) $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko
 	$(if $(DESTDIR),,depmod $(KERNEL))
-	install -D -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(BIN)/,$(PROGRAMS))
-	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system userspace/cmd/kvmaccessd/kvmaccessd.service
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(BIN)/kvmaccess
+	install -D -t $(DESTDIR)$(PREFIX)/sbin $(BIN)/kvmaccessd
+	@mkdir -p $(DESTDIR)$(UNITS)
+	sed 's#/usr/local/#$(PREFIX)/#' userspace/cmd/kvmaccessd/kvmaccessd.service > $(DESTDIR)$(UNITS)/kvmaccessd.service
 	@mkdir -p $(addprefix $(DESTDIR)$(PREFIX)/share/,bash-completion/completions zsh/site-functions fish/vendor_completions.d)
 	$(BIN)/kvmaccess completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/kvmaccess
 	$(BIN)/kvmaccess completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kvmaccess
@@ -117,12 +120,12 @@ install: ## install what "make" built: module, programs, completions, service
 
 .PHONY: uninstall
 uninstall: ## stop the service, unload the module, remove what "make install" installed
-	$(if $(DESTDIR),,! [ -d /run/systemd/system ] || systemctl disable --now kvmaccessd)
+	$(if $(DESTDIR),,! [ -e $(UNITS)/kvmaccessd.service ] || ! [ -d /run/systemd/system ] || systemctl disable --now kvmaccessd)
 	$(if $(DESTDIR),,! grep -q '^kvmaccess ' /proc/modules || rmmod kvmaccess)
 	rm -f $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko
 	$(if $(DESTDIR),,depmod $(KERNEL))
-	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(PROGRAMS)) \
-		$(DESTDIR)$(PREFIX)/lib/systemd/system/kvmaccessd.service \
+	rm -f $(DESTDIR)$(PREFIX)/bin/kvmaccess $(DESTDIR)$(PREFIX)/sbin/kvmaccessd \
+		$(DESTDIR)$(UNITS)/kvmaccessd.service \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/kvmaccess \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_kvmaccess \
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kvmaccess.fish
