@@ -20,8 +20,10 @@ import (
 )
 
 const (
-	// startLimit is for the daemon to watch the guest, stopLimit to end.
+	// startLimit is for the daemon to watch the guest, askLimit to answer,
+	// stopLimit to end.
 	startLimit = time.Minute
+	askLimit   = 30 * time.Second
 	stopLimit  = 30 * time.Second
 	// settle is how long the daemon runs before its window: what it needs
 	// once, at the start, is no cost of a period.
@@ -77,7 +79,7 @@ func (d *daemonRun) start(ctx context.Context) error {
 		close(d.exit)
 	}()
 	if err := d.watching(ctx); err != nil {
-		return d.explain(errors.Join(err, d.kill()))
+		return d.explain(errors.Join(err, d.abort()))
 	}
 	return nil
 }
@@ -133,7 +135,7 @@ func (d *daemonRun) betweenTicks(ctx context.Context) error {
 	if d.period < 50*time.Millisecond {
 		return nil
 	}
-	first, err := d.client.Stats(ctx)
+	first, err := d.stats(ctx)
 	if err != nil {
 		return err
 	}
@@ -141,7 +143,7 @@ func (d *daemonRun) betweenTicks(ctx context.Context) error {
 		if err := pause(ctx, d.period/20); err != nil {
 			return err
 		}
-		now, err := d.client.Stats(ctx)
+		now, err := d.stats(ctx)
 		if err != nil {
 			return err
 		}
@@ -154,11 +156,22 @@ func (d *daemonRun) betweenTicks(ctx context.Context) error {
 	}
 }
 
+// stats asks the daemon for its account.
+func (d *daemonRun) stats(ctx context.Context) (daemon.Stats, error) {
+	limited, cancel := context.WithTimeoutCause(ctx, askLimit, fmt.Errorf("no answer after %v", askLimit))
+	defer cancel()
+	stats, err := d.client.Stats(limited)
+	if err != nil && limited.Err() != nil {
+		err = context.Cause(limited)
+	}
+	return stats, err
+}
+
 // look asks the daemon for its account.
 func (d *daemonRun) look(ctx context.Context) (*look, error) {
-	stats, err := d.client.Stats(ctx)
+	stats, err := d.stats(ctx)
 	if err != nil {
-		return nil, d.explain(err)
+		return nil, d.explain(errors.Join(err, d.abort()))
 	}
 	n, err := switches(d.cmd.Process.Pid)
 	if err != nil {
@@ -180,9 +193,23 @@ func (d *daemonRun) stop(ctx context.Context) error {
 		}
 		return os.RemoveAll(d.dir)
 	case <-time.After(stopLimit):
-		return d.explain(errors.Join(fmt.Errorf("it still runs %v after SIGTERM", stopLimit), d.kill()))
+		return d.explain(errors.Join(fmt.Errorf("it still runs %v after SIGTERM", stopLimit), d.abort()))
 	case <-ctx.Done():
 		return errors.Join(context.Cause(ctx), d.kill())
+	}
+}
+
+// abort ends a daemon that does not do what it should, and lets it say what it
+// is about: SIGQUIT makes Go programs do so.
+func (d *daemonRun) abort() error {
+	if err := d.cmd.Process.Signal(syscall.SIGQUIT); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-d.exit:
+		return nil
+	case <-time.After(stopLimit):
+		return errors.Join(errors.New("SIGQUIT does not end it"), d.kill())
 	}
 }
 
