@@ -26,14 +26,12 @@ func (m *Monitor) attach(ctx context.Context) error {
 	}
 	for _, c := range m.cpus {
 		c.settled = c.ready
-		if c.ready && m.leader == nil {
-			m.leader = c
-		}
 	}
-	if m.leader == nil {
+	if len(m.cpus) == 0 || !m.cpus[0].ready {
 		m.wait(m.whyWaiting())
 		return nil
 	}
+	m.leader = m.cpus[0]
 	g := &Guest{VM: m.vm, Mode: guest.ModeOf(&m.leader.state.Registers)}
 	m.g = g
 	m.root, m.rootFixed = g.Mode.RootOf(m.leader.state.CR3), false
@@ -79,6 +77,10 @@ func (m *Monitor) attach(ctx context.Context) error {
 	}
 	if !m.booted(ctx, idt) {
 		return nil
+	}
+	m.handler, m.textAt = handler, 0
+	if t, err := guest.Translate(ctx, m.mem, g.Mode, m.root, handler); err == nil {
+		m.textAt = t.GPA
 	}
 	m.findText(ctx, handler)
 	g.Linux = g.Image != nil
@@ -252,7 +254,7 @@ func (m *Monitor) booted(ctx context.Context, idt []byte) bool {
 		}
 		// SYSTEM_BOOTING, SYSTEM_SCHEDULING (include/linux/kernel.h, since
 		// 4.13); what follows these changed since, and is late enough.
-		if state := binary.LittleEndian.Uint32(p); state < 2 {
+		if state := binary.LittleEndian.Uint32(p); state < 2 && !m.userMode() {
 			m.wait("the guest's kernel still boots")
 			return false
 		}
@@ -263,10 +265,10 @@ func (m *Monitor) booted(ctx context.Context, idt []byte) bool {
 	}
 	h := sha256.New()
 	h.Write(idt)
+	if m.userMode() {
+		return true
+	}
 	for _, c := range m.cpus {
-		if c.ready && c.state.CPL == 3 {
-			return true
-		}
 		fmt.Fprintf(h, "%v %v", c.ready, c.watch)
 	}
 	now := m.now()
@@ -278,6 +280,12 @@ func (m *Monitor) booted(ctx context.Context, idt []byte) bool {
 		return false
 	}
 	return true
+}
+
+// userMode says whether a vCPU runs a program, which it does not before the
+// kernel is up.
+func (m *Monitor) userMode() bool {
+	return slices.ContainsFunc(m.cpus, func(c *cpu) bool { return c.ready && c.state.CPL == 3 })
 }
 
 // protected says whether the kernel's text is mapped read-only, which is the
@@ -495,7 +503,7 @@ func (m *Monitor) layout() {
 		votes[c.state.IDTR]++
 	}
 	if m.leader == nil {
-		m.wait("no vCPU runs the kernel any more: the guest restarts or is being shut down")
+		m.wait(restarts)
 		return
 	}
 	m.status.VCPUs = len(g.CPUs)

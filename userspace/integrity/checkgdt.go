@@ -106,6 +106,10 @@ func gdtrItems(g *Guest, cpu *kvmaccess.VCPU) []Item {
 	gdtr.Value = g.value(cpu.GDTR.Base)
 	gdtr.Value.Detail = fmt.Sprintf("limit %#x", cpu.GDTR.Limit)
 	gdtr.Raw = gdtr.Value.Detail
+	if g.ownGDT(cpu) {
+		// While a CPU is brought up, and around calls of firmware.
+		gdtr.Value = Value{}
+	}
 	entries := gdtEntries32
 	if g.Mode.Long() {
 		entries = gdtEntries64
@@ -116,6 +120,7 @@ func gdtrItems(g *Guest, cpu *kvmaccess.VCPU) []Item {
 		gdtr.Fault = "not a kernel address"
 	case int(cpu.GDTR.Limit)+1 > entries*8:
 		gdtr.Fault = fmt.Sprintf("the limit is beyond Linux's %d entries, %#x", entries, entries*8-1)
+	case gdtr.Value == Value{}:
 	case g.entryArea() && (cpu.GDTR.Base < entryArea || cpu.GDTR.Base >= entryAreaEnd):
 		gdtr.Fault = "not in the kernel's read-only CPU entry area"
 	}
@@ -136,7 +141,32 @@ func gdtrItems(g *Guest, cpu *kvmaccess.VCPU) []Item {
 	case g.entryArea() && (cpu.TR.Base < entryArea || cpu.TR.Base >= entryAreaEnd):
 		tr.Fault = "not in the kernel's CPU entry area"
 	}
+	if gdtr.Value == (Value{}) && gdtr.Fault == "" {
+		return []Item{tr}
+	}
 	return []Item{gdtr, tr}
+}
+
+// ownGDT says whether the vCPU uses its table where the kernel may write it:
+// gdt_page in the CPU's own data, which GS points to (load_direct_gdt in
+// arch/x86/kernel/cpu/common.c). What is in it is checked all the same.
+func (g *Guest) ownGDT(cpu *kvmaccess.VCPU) bool {
+	if !g.Mode.Long() || !g.Mode.Kernel(cpu.GDTR.Base) {
+		return false
+	}
+	const perCPU = 1 << 20 // more than the kernel's own data of a CPU
+	offset, limit := uint64(0), uint64(perCPU)
+	if g.Image != nil {
+		if at, ok := g.Image.Lookup("gdt_page"); ok && at < perCPU {
+			offset, limit = at, 1
+		}
+	}
+	for _, base := range []uint64{cpu.GS.Base, cpu.KernelGSBase} {
+		if g.Mode.Kernel(base) && cpu.GDTR.Base-base-offset < limit {
+			return true
+		}
+	}
+	return false
 }
 
 func gdtItems(g *Guest, cpu *kvmaccess.VCPU, data []byte, err error) []Item {
@@ -178,7 +208,7 @@ func gdtItems(g *Guest, cpu *kvmaccess.VCPU, data []byte, err error) []Item {
 		if it.Raw != "" {
 			it.Value.Value = Hex(raw)
 		}
-		if long && d.Index == ldt64+1 && d.Raw == 0 {
+		if long && (d.Index == ldt64+1 || d.Index == tss64+1) && d.Raw == 0 {
 			it.Raw, it.Value = partRaw, Value{Detail: "unused"}
 		}
 		items = append(items, it)

@@ -174,7 +174,7 @@ func fitsSyscall(table, name, symbol string, long bool) bool {
 
 // unreadable is the item of an object whose memory cannot be read.
 func unreadable(check, object string, vcpu *uint32, err error) Item {
-	it := Item{Check: check, Object: object, VCPU: vcpu, Name: "memory", Raw: "unreadable"}
+	it := Item{Check: check, Object: object, VCPU: vcpu, Name: "memory of " + object, Raw: "unreadable"}
 	it.Value.Detail = "unreadable"
 	it.Fault = "its memory cannot be read"
 	if err != nil {

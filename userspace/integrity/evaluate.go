@@ -13,7 +13,7 @@ import (
 // evaluate makes the items of what changed and compares them with the
 // baseline.
 func (m *Monitor) evaluate(ctx context.Context) error {
-	if !m.attaching && m.restarted() {
+	if !m.attaching && (m.restarted() || m.left(ctx)) {
 		return m.attach(ctx)
 	}
 	if !m.based {
@@ -82,6 +82,33 @@ func (m *Monitor) entryMoved() bool {
 		}
 	}
 	return true
+}
+
+// left says whether another kernel than the one that was attached to runs by
+// now, in early boot perhaps. It is asked where tables moved, shrank or cannot
+// be read any more.
+func (m *Monitor) left(ctx context.Context) bool {
+	suspect := false
+	for i := range m.objects {
+		o := &m.objects[i]
+		switch {
+		case o.index >= 0 && o.dirty && m.data[o.index] == nil && guestError(m.errs[o.index]):
+			suspect = true
+		case o.index >= 0 && o.dirty && o.check == checkIDT && o.VCPU == nil && m.data[o.index] != nil:
+			if !complete(guest.ParseIDT(m.data[o.index], m.g.Mode.Long())) {
+				return true
+			}
+			suspect = true
+		case o.Name == "idtr" || o.Name == "gdtr":
+			suspect = suspect || o.dirty || o.cpu.dirty
+		}
+	}
+	if !suspect || m.textAt == 0 {
+		return false
+	}
+	first := m.cpus[0]
+	t, err := guest.Translate(ctx, m.mem, guest.ModeOf(&first.state.Registers), first.state.CR3, m.handler)
+	return guestError(err) || err == nil && (t.GPA != m.textAt || !t.Execute)
 }
 
 // compare takes over the items of an object.

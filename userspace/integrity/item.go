@@ -113,6 +113,8 @@ func (it *Item) verb() string {
 // full and what else there is to say.
 func (v *Value) text(it *Item, full bool) string {
 	switch {
+	case v.Detail == "unreadable", v.Detail == "absent":
+		return v.Detail
 	case it.Flag && v.Value == 0:
 		return "clear"
 	case it.Flag:

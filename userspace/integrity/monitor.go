@@ -84,6 +84,8 @@ type Monitor struct {
 	g         *Guest
 	cpus      []*cpu
 	leader    *cpu   // whose page tables are used
+	handler   uint64 // of an exception: kernel text that must be mapped
+	textAt    uint64 // guest-physical address of it
 	root      uint64 // of the kernel's page tables
 	rootFixed bool   // no process' tables: they stay
 	isolated  bool   // page-table isolation was seen
@@ -161,6 +163,9 @@ type tracked struct {
 	last Item
 	open *Finding // holds now
 }
+
+// restarts is why a Monitor waits that has watched.
+const restarts = "the kernel does not run any more: the guest restarts or is being shut down"
 
 const (
 	rescanEvery    = 10 * time.Second
@@ -317,8 +322,10 @@ func (m *Monitor) capture(ctx context.Context, now time.Time) (layout, dirty boo
 			ready++
 		}
 	}
-	if ready == 0 {
-		m.wait("no vCPU runs the kernel any more: the guest restarts or is being shut down")
+	// The first vCPU runs the kernel from boot to shutdown; it is reset before
+	// or after the others.
+	if ready == 0 || !m.cpus[0].ready {
+		m.wait(restarts)
 	}
 	return layout, dirty, nil
 }
@@ -374,6 +381,8 @@ func readyReason(v *kvmaccess.VCPU) string {
 		return "has no system call entry yet: in firmware or early boot"
 	case !mode.Long() && !mode.Kernel(v.IDTR.Base):
 		return "has no kernel's interrupt table yet: in firmware or early boot"
+	case v.CPL == 0 && !mode.Kernel(v.RIP) && !mode.Kernel(v.IDTR.Base) && !mode.Kernel(v.GDTR.Base):
+		return "runs firmware or a boot loader" // LSTAR survives a reset
 	case v.TR.Selector == 0 || v.GDTR.Limit == 0 || v.IDTR.Limit == 0:
 		return "has no descriptor tables yet: in early boot"
 	}

@@ -1188,7 +1188,7 @@ func TestUnmapped(t *testing.T) {
 	}
 	w.pages.WritePhysical(0x3000+pmd*8, make([]byte, 8))
 	found := w.tick(m)
-	if diff := cmp.Diff([]string{"invariant control/cr4_pinned_bits/memory", "invariant syscalls/sys_call_table/memory"}, keys(found)); diff != "" {
+	if diff := cmp.Diff([]string{"invariant control/cr4_pinned_bits/memory of cr4_pinned_bits", "invariant syscalls/sys_call_table/memory of sys_call_table"}, keys(found)); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
 	w.quiet(m)

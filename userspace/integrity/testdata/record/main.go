@@ -116,7 +116,7 @@ func (s states) VCPUs(context.Context, kvmaccess.VMID) ([]kvmaccess.VCPU, error)
 }
 
 // wanted are the symbols that checks look up.
-var wanted = regexp.MustCompile(`^(__x64_sys_|asm_|entry_SY|entry_INT|ignore_sysret$|early_idt_handler_array$|irq_entries_start$|spurious_entries_start$|(_text|_stext|_etext|_end)$|(ia32_)?sys_call_table$|init_top_pgt$|swapper_pg_dir$|system_state$|cr4_pinned_bits$|page_offset_base$|get_cpu_entry_area$|x64_sys_call$|do_syscall_64$)`)
+var wanted = regexp.MustCompile(`^(__x64_sys_|asm_|entry_SY|entry_INT|ignore_sysret$|early_idt_handler_array$|irq_entries_start$|spurious_entries_start$|(_text|_stext|_etext|_end)$|(ia32_)?sys_call_table$|gdt_page$|init_top_pgt$|swapper_pg_dir$|system_state$|cr4_pinned_bits$|page_offset_base$|get_cpu_entry_area$|x64_sys_call$|do_syscall_64$)`)
 
 // trim writes the wanted symbols, and the one that follows each, which tells
 // how long a table is.
