@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"github.com/mdlayher/genetlink"
 	"github.com/mdlayher/netlink"
@@ -180,14 +181,14 @@ func (q *conn) doRaw(ctx context.Context) ([]byte, error) {
 		stop func() bool
 	)
 	perr := q.raw.Write(func(fd uintptr) bool {
-		n, err = retry(unix.Write, int(fd), q.req)
+		n, err = transfer(unix.SYS_WRITE, fd, q.req)
 		return err != unix.EAGAIN
 	})
 	if perr != nil || err != nil {
 		return nil, q.failed(errors.Join(perr, err))
 	}
 	perr = q.raw.Read(func(fd uintptr) bool {
-		n, err = retry(unix.Read, int(fd), q.buf)
+		n, err = transfer(unix.SYS_READ, fd, q.buf)
 		if err != unix.EAGAIN {
 			return true
 		}
@@ -205,11 +206,19 @@ func (q *conn) doRaw(ctx context.Context) ([]byte, error) {
 	return q.reply(q.buf[:n])
 }
 
-func retry(call func(int, []byte) (int, error), fd int, b []byte) (int, error) {
+// transfer is write(2) or read(2), of which the Go scheduler is not told.
+// Neither call waits for long; and a call that it is told of wakes its monitor
+// thread if the process was idle just before, as it is at each period, which
+// takes more than the call itself.
+func transfer(trap, fd uintptr, b []byte) (int, error) {
 	for {
-		n, err := call(fd, b)
-		if err != unix.EINTR {
-			return n, err
+		n, _, errno := unix.RawSyscall(trap, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
 		}
 	}
 }
