@@ -167,10 +167,16 @@ func list[T any](ctx context.Context, c *Client, q *conn, parse func([]byte) (T,
 }
 
 // explain tells a VM that is gone from a module that is gone: generic netlink
-// answers ENOENT without an explanation when no family has the number.
+// answers ENOENT without an explanation when no family has the number, and
+// EPROTONOSUPPORT to a dump while the module is being unloaded.
 func (c *Client) explain(err error) error {
 	var e *Error
-	if !errors.As(err, &e) || e.Errno != unix.ENOENT || e.Message != "" {
+	switch {
+	case !errors.As(err, &e) || e.Message != "":
+		return err
+	case e.Errno == unix.EPROTONOSUPPORT:
+		return ErrNoModule
+	case e.Errno != unix.ENOENT:
 		return err
 	}
 	g, derr := c.dial()

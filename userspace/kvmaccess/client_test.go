@@ -377,6 +377,15 @@ func TestModuleGone(t *testing.T) {
 	}
 }
 
+func TestModuleGoing(t *testing.T) {
+	c := newClient(t, func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) {
+		return nil, genltest.Error(int(unix.EPROTONOSUPPORT))
+	})
+	if _, err := c.VCPUs(t.Context(), 3); !errors.Is(err, ErrNoModule) {
+		t.Errorf("error %v, want %v", err, ErrNoModule)
+	}
+}
+
 func TestConcurrentUse(t *testing.T) {
 	s := testSpec(t)
 	vcpu, vm := specMessage(t, s, "vcpu"), specMessage(t, s, "vm")
