@@ -381,7 +381,7 @@ func TestModuleGoing(t *testing.T) {
 	c := newClient(t, func(genetlink.Message, netlink.Message) ([]genetlink.Message, error) {
 		return nil, genltest.Error(int(unix.EPROTONOSUPPORT))
 	})
-	if _, err := c.VCPUs(t.Context(), 3); !errors.Is(err, ErrNoModule) {
+	if _, err := c.VM(t.Context(), 3); !errors.Is(err, ErrNoModule) {
 		t.Errorf("error %v, want %v", err, ErrNoModule)
 	}
 }
