@@ -15,6 +15,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/kvmaccess/kvmaccess/bench/sample"
 	"github.com/kvmaccess/kvmaccess/userspace/daemon"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 )
@@ -28,9 +29,6 @@ const (
 	// settle is how long the daemon runs before its window: what it needs
 	// once, at the start, is no cost of a period.
 	settle = 500 * time.Millisecond
-	// memoryRange is how much guest memory is compared, in bytes, from the
-	// entry of system calls on.
-	memoryRange = 4096
 )
 
 // daemonRun is one run of kvmaccessd, at one period.
@@ -58,7 +56,7 @@ func (d *daemonRun) start(ctx context.Context) error {
 	config.StateDir = filepath.Join(d.dir, "state")
 	config.Symbols = d.symbols
 	config.VMs = map[string]daemon.VMConfig{
-		guestName: {Ranges: []integrity.MemoryRange{{Symbol: "entry_SYSCALL_64", Length: memoryRange}}},
+		guestName: {Ranges: []integrity.MemoryRange{{Symbol: "entry_SYSCALL_64", Length: sample.MemoryRange}}},
 	}
 	text, err := yaml.Marshal(config)
 	if err != nil {

@@ -19,6 +19,7 @@ type Machine struct {
 	Emulator  string
 	Kernel    string // of the emulated host and its guest
 	Go        string
+	Revision  string // of KvmAccess, by git
 }
 
 // ThisMachine describes the machine that this runs on. What cannot be found
@@ -31,9 +32,13 @@ func ThisMachine() Machine {
 		Emulator:  "unknown",
 		Kernel:    "unknown",
 		Go:        runtime.Version(),
+		Revision:  "unknown",
 	}
 	if out, err := exec.Command("qemu-system-x86_64", "--version").Output(); err == nil {
 		m.Emulator, _, _ = strings.Cut(string(out), "\n")
+	}
+	if out, err := exec.Command("git", "describe", "--always", "--dirty").Output(); err == nil {
+		m.Revision = strings.TrimSpace(string(out))
 	}
 	return m
 }

@@ -44,6 +44,9 @@ func (r *Report) First() overhead.Period { return r.Summary.Periods[0] }
 // LoopInstructions is the length of the counting loop.
 func (r *Report) LoopInstructions() int { return soaker.LoopInstructions }
 
+// MemoryRange is how much guest memory a check compares, in bytes.
+func (r *Report) MemoryRange() int { return sample.MemoryRange }
+
 // Lengths says how often and how long each clock was measured.
 func (r *Report) Lengths() string {
 	parts := make([]string, len(r.Plans))

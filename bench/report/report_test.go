@@ -66,7 +66,7 @@ func example(t *testing.T) (*Report, []sample.Sample) {
 			{Clock: sample.Icount, Repetitions: 10, MinTicks: 10, MaxTicks: 10000, Window: 10 * time.Second},
 			{Clock: sample.Wall, Repetitions: 10, MinTicks: 10, MaxTicks: 10000, Window: 10 * time.Second},
 		},
-		Machine: Machine{Processor: "a processor", CPUs: 2, System: "a system", Emulator: "an emulator", Kernel: "1.2.3", Go: "go1"},
+		Machine: Machine{Processor: "a processor", CPUs: 2, System: "a system", Emulator: "an emulator", Kernel: "1.2.3", Go: "go1", Revision: "abc"},
 	}, samples
 }
 

@@ -7,6 +7,10 @@ import (
 	"time"
 )
 
+// MemoryRange is how much guest memory each check compares beside the tables,
+// in bytes.
+const MemoryRange = 4096
+
 // Periods are those of the overhead curve, longest first. The first is the
 // paper's.
 var Periods = []time.Duration{
