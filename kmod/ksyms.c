@@ -28,10 +28,13 @@ static const void * __init find_lookup(void)
 	return lookup;
 }
 
+/* @name is "module:symbol"; where KVM is built in there is no module. */
 static unsigned long __init find(const void *lookup, const char *name)
 {
 	unsigned long addr = kvmaccess_ksyms_call(lookup, name);
 
+	if (!addr)
+		addr = kvmaccess_ksyms_call(lookup, strchr(name, ':') + 1);
 	if (!addr)
 		kvmaccess_ksyms_miss(name);
 	return addr;
