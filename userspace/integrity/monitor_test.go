@@ -744,6 +744,123 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// TestReset: what a reset looks like from outside, vCPU by vCPU and stage by
+// stage, is no finding; the kernel that comes up then is compared.
+func TestReset(t *testing.T) {
+	for _, symbols := range []bool{true, false} {
+		w := made(t, true, 0x1000000, 2)
+		opts := Options{Settle: time.Hour, Ranges: entryRange}
+		if symbols {
+			opts.Symbols = w.symbols
+		}
+		m := w.monitor(opts)
+		w.quiet(m)
+		w.watching(m)
+		// The second vCPU's state is still that of before; LSTAR survives.
+		old := append([]kvmaccess.VCPU(nil), w.CPUs...)
+		w.CPUs[0].CR0 = 0x60000010
+		w.quiet(m)
+		if s := m.Status(); s.State != StateWaiting {
+			t.Fatalf("%+v", s)
+		}
+		// A boot loader in long mode, with tables of its own.
+		w.CPUs[0].CR0 = guest.CR0PE | guest.CR0PG
+		w.CPUs[0].RIP = 0x4320000
+		w.CPUs[0].IDTR = kvmaccess.TableRegister{Base: 0x4332050, Limit: 0x1ff}
+		w.CPUs[0].GDTR = kvmaccess.TableRegister{Base: 0x4332010, Limit: 0x2f}
+		w.quiet(m)
+		copy(w.CPUs, old)
+		// Early boot of the next kernel.
+		w.reboot(0x2400000)
+		w.protect(false)
+		w.put(w.at("system_state"), 0)
+		w.quiet(m)
+		if s := m.Status(); s.State != StateWaiting {
+			t.Fatalf("%+v", s)
+		}
+		w.put(w.at("system_state"), 3)
+		w.protect(true)
+		if diff := cmp.Diff([]string{"restarted guest/kernel"}, keys(w.tick(m))); diff != "" {
+			t.Errorf("symbols %t: (-want +got)\n%s\n%+v", symbols, diff, m.Status())
+		}
+		w.quiet(m)
+	}
+}
+
+// TestQuickReset: no tick saw the reset, only the next kernel's early boot,
+// LSTAR still that of before.
+func TestQuickReset(t *testing.T) {
+	for _, symbols := range []bool{true, false} {
+		for _, slide := range []uint64{0x1000000, 0x2400000} {
+			w := made(t, true, 0x1000000, 2)
+			opts := Options{Settle: time.Hour}
+			if symbols {
+				opts.Symbols = w.symbols
+			}
+			m := w.monitor(opts)
+			w.quiet(m)
+			lstar := w.CPUs[0].LSTAR
+			w.reboot(slide)
+			up := append([]kvmaccess.VCPU(nil), w.CPUs...)
+			table := w.at("sys_call_table") + 0x8000
+			for i := range uint64(64) { // exceptions only
+				w.put(table+i*8, w.read(w.CPUs[0].IDTR.Base+i*8))
+			}
+			w.CPUs[0].IDTR.Base, w.CPUs[0].LSTAR = table, lstar
+			w.CPUs[0].GDTR.Base = table + 0x1000
+			w.CPUs[1].CR0 = 0x60000010
+			w.protect(false)
+			w.put(w.at("system_state"), 0)
+			w.quiet(m)
+			if s := m.Status(); s.State != StateWaiting {
+				t.Errorf("symbols %t, slide %#x: %+v", symbols, slide, s)
+			}
+			copy(w.CPUs, up)
+			w.put(w.at("system_state"), 3)
+			w.protect(true)
+			for _, f := range w.tick(m) {
+				if f.Kind != KindRestarted {
+					t.Errorf("symbols %t, slide %#x: %s %s", symbols, slide, f.Kind, f.Message)
+				}
+			}
+			w.quiet(m)
+			w.watching(m)
+		}
+	}
+}
+
+// TestOwnGDT: a CPU that is brought up uses its table in its own data.
+func TestOwnGDT(t *testing.T) {
+	for _, symbols := range []bool{true, false} {
+		w := made(t, true, 0, 2)
+		opts := Options{}
+		if symbols {
+			opts.Symbols = w.symbols
+		}
+		own := w.at("sys_call_table") + 0x8000
+		up := w.CPUs[1].GDTR
+		for i := range uint64(16) {
+			w.put(own+i*8, w.read(up.Base+i*8))
+		}
+		m := w.monitor(opts)
+		w.quiet(m)
+		w.CPUs[1].GDTR.Base, w.CPUs[1].GS.Base = own, own-0x1000
+		w.quiet(m)
+		old := w.put(own+12*8, 0x0000ec0000100000)
+		if diff := cmp.Diff([]string{"changed gdt/gdt@1/12"}, keys(w.tick(m))); diff != "" {
+			t.Errorf("(-want +got)\n%s", diff)
+		}
+		w.put(own+12*8, old)
+		w.tick(m)
+		w.CPUs[1].GDTR = up
+		w.quiet(m)
+		w.CPUs[1].GDTR.Base = own + 1<<24 // a table elsewhere
+		if found := keys(w.tick(m)); !strings.Contains(strings.Join(found, "\n"), "changed gdt/gdtr@1/GDTR") {
+			t.Errorf("%q", found)
+		}
+	}
+}
+
 // TestAllGatesHooked is no restart.
 func TestAllGatesHooked(t *testing.T) {
 	w := made(t, true, 0, 1)
@@ -904,7 +1021,7 @@ func TestSettle(t *testing.T) {
 
 // protect makes the kernel's text of a made 64-bit guest read-only, or not.
 func (w *world) protect(on bool) {
-	at := 0x3000 + uint64(made64)>>21&511*8
+	at := 0x3000 + (made64+w.image.Slide)>>21&511*8
 	entry := uint64(0x400000 | 0x83)
 	if on {
 		entry &^= 2
