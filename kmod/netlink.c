@@ -317,6 +317,8 @@ static int vm_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 	for (;;) {
 		start = ktime_get_ns();
 		vm = kvmaccess_vm_get_next(cursor->id);
+		if (IS_ERR(vm))
+			return PTR_ERR(vm);
 		if (!vm)
 			break;
 		cb->seq = kvmaccess_vm_generation();
@@ -1138,6 +1140,8 @@ static int stats_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 
 	for (;;) {
 		vm = kvmaccess_vm_get_next(cursor->id);
+		if (IS_ERR(vm))
+			return PTR_ERR(vm);
 		if (!vm)
 			return skb->len;
 		cb->seq = kvmaccess_vm_generation();

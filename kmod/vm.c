@@ -301,44 +301,50 @@ u32 kvmaccess_vm_generation(void)
  */
 struct kvmaccess_vm *kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack)
 {
-	struct kvmaccess_vm *vm, *found = NULL;
+	struct kvmaccess_vm *vm, *found = ERR_PTR(-ENOENT);
 
 	mutex_lock(&vms_mutex);
-	if (!stopped) {
-		list_for_each_entry(vm, &vms, list) {
-			if (vm->id != id)
-				continue;
-			if (!READ_ONCE(vm->gone) && hold(vm))
-				found = vm;
-			break;
-		}
+	list_for_each_entry(vm, &vms, list) {
+		if (vm->id != id)
+			continue;
+		/* Without the probes nothing tells one VM from the next. */
+		if (!stopped && !READ_ONCE(vm->gone) && hold(vm))
+			found = vm;
+		break;
 	}
+	/* It is not the VM that is gone. */
+	if (stopped)
+		found = ERR_PTR(-EPROTONOSUPPORT);
 	mutex_unlock(&vms_mutex);
 
-	if (!found) {
+	if (found == ERR_PTR(-ENOENT))
 		NL_SET_ERR_MSG(extack, "no VM has this id, or not any more");
-		return ERR_PTR(-ENOENT);
-	}
 	return found;
 }
 
-/* The VM with the lowest id above @after, held; NULL behind the last. */
+/*
+ * The VM with the lowest id above @after, held; NULL behind the last. An error
+ * while the module is being unloaded, as generic netlink gives it then.
+ */
 struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after)
 {
 	struct kvmaccess_vm *vm, *found = NULL;
 
 	mutex_lock(&vms_mutex);
-	if (!stopped) {
-		/* A VM whose announcement has not been worked off yet. */
-		if (!after)
-			walk();
-		list_for_each_entry(vm, &vms, list) {
-			if (vm->id > after && !READ_ONCE(vm->gone) && hold(vm)) {
-				found = vm;
-				break;
-			}
+	if (stopped) {
+		found = ERR_PTR(-EPROTONOSUPPORT);
+		goto out;
+	}
+	/* A VM whose announcement has not been worked off yet. */
+	if (!after)
+		walk();
+	list_for_each_entry(vm, &vms, list) {
+		if (vm->id > after && !READ_ONCE(vm->gone) && hold(vm)) {
+			found = vm;
+			break;
 		}
 	}
+out:
 	mutex_unlock(&vms_mutex);
 	return found;
 }

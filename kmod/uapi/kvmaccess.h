@@ -61,6 +61,7 @@
  *  EAGAIN         the vCPU could not be caught at one place: ask again
  *  EOPNOTSUPP     this host lacks what the command needs; see INFO
  *  EMSGSIZE       the reply outgrew its buffer
+ *  EPROTONOSUPPORT  the module is being unloaded; without an explanation
  */
 #ifndef _UAPI_KVMACCESS_H
 #define _UAPI_KVMACCESS_H
