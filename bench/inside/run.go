@@ -76,7 +76,13 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 		return err
 	}
 	steps := plan.Steps()
+	if plan.Done < 0 || plan.Done > len(steps) {
+		return fmt.Errorf("%d of %d steps are said to be done", plan.Done, len(steps))
+	}
 	for i, step := range steps {
+		if i < plan.Done {
+			continue
+		}
 		d := &daemonRun{dir: filepath.Join(dir, fmt.Sprint("sample-", i+1)), symbols: symbols, period: step.Period}
 		s, err := take(ctx, plan, step, d, loops)
 		if err != nil {

@@ -29,7 +29,8 @@ type Run struct {
 	Plan    sample.Plan
 	CPUs    int           // of the host; the instruction clock has one
 	Dir     string        // with the programs
-	Timeout time.Duration // for all of it
+	Timeout time.Duration // for each host
+	Stall   time.Duration // without a word of a host until it is given up; 0: stallLimit
 	Log     *slog.Logger
 }
 
@@ -40,34 +41,78 @@ type Result struct {
 	// Elsewhere is how many CPUs of this machine were busy with other things
 	// than the run, on average.
 	Elsewhere float64
+	// Restarts is how often the host had come to a standstill.
+	Restarts int
 }
+
+// A host that says nothing for stallLimit stands still: an emulator of nested
+// guests has such faults of its own. Another one goes on with the samples that
+// are still to be taken, maxRestarts times.
+const (
+	stallLimit  = 2 * time.Minute
+	maxRestarts = 5
+)
+
+var errStall = errors.New("the host stands still")
 
 // Take boots a host and has the samples taken there. If all of them are there
 // but the host then ends badly, the result comes with an error.
 func (r *Run) Take(ctx context.Context) (*Result, error) {
-	plan, err := json.Marshal(r.Plan)
+	result := new(Result)
+	start := time.Now()
+	before, err := busy()
 	if err != nil {
 		return nil, err
 	}
-	args := []string{"run", "--timeout", r.Timeout.String()}
-	if r.Plan.Clock == sample.Icount {
+	var own time.Duration
+	for {
+		cpu, err := r.boot(ctx, result)
+		own += cpu
+		complete := len(result.Samples) == len(r.Plan.Steps())
+		switch {
+		case errors.Is(err, errStall) && !complete && result.Restarts < maxRestarts:
+			result.Restarts++
+			r.Log.Warn("starting another host", "why", err, "samples", len(result.Samples))
+			continue
+		case err != nil && !complete:
+			return nil, err
+		}
+		after, busyErr := busy()
+		if busyErr != nil {
+			return nil, errors.Join(err, busyErr)
+		}
+		result.Elsewhere = max(0, float64(after-before-own)/float64(time.Since(start)))
+		return result, err
+	}
+}
+
+// boot boots one host, adds the samples that it takes to the result, and
+// returns the CPU time that all of it took.
+func (r *Run) boot(ctx context.Context, result *Result) (time.Duration, error) {
+	plan := r.Plan
+	plan.Done = len(result.Samples)
+	text, err := json.Marshal(plan)
+	if err != nil {
+		return 0, err
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	args := []string{filepath.Join(r.Dir, "vmfixture"), "run", "--timeout", r.Timeout.String()}
+	if plan.Clock == sample.Icount {
 		args = append(args, "--icount")
 	} else {
 		// The emulator's time stamp counters run on the machine's own: they
 		// are in step, and cheaper to read than any other clock there is.
 		args = append(args, "--smp", strconv.Itoa(r.CPUs), "--append", "tsc=reliable")
-	}
-	args = append(args,
-		"--file", filepath.Join(r.Dir, "kvmaccessd"),
-		"--", filepath.Join(r.Dir, "benchinside"), string(plan))
-	args = append([]string{filepath.Join(r.Dir, "vmfixture")}, args...)
-	if r.Plan.Clock == sample.Wall {
 		// What else runs on this machine would take time from the host's
 		// clock. Where this is not allowed, nice(1) says so and goes on.
 		args = append([]string{"nice", "-n", strconv.Itoa(wallNice)}, args...)
 	}
+	args = append(args,
+		"--file", filepath.Join(r.Dir, "kvmaccessd"),
+		"--", filepath.Join(r.Dir, "benchinside"), string(text))
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	if r.Plan.Clock == sample.Wall {
+	if plan.Clock == sample.Wall {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	}
 	// It takes its emulator down with it.
@@ -76,15 +121,10 @@ func (r *Run) Take(ctx context.Context) (*Result, error) {
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
 	if err != nil {
-		return nil, err
-	}
-	start := time.Now()
-	before, err := busy()
-	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	if err := cmd.Start(); err != nil {
-		return nil, err
+		return 0, err
 	}
 	if cmd.SysProcAttr != nil {
 		// Where the kernel groups processes by session, priorities count
@@ -95,60 +135,66 @@ func (r *Run) Take(ctx context.Context) (*Result, error) {
 			r.Log.Info("the emulator's priority stays as it is", "why", err)
 		}
 	}
-	host, samples, err := r.receive(out)
+	watchdog := time.AfterFunc(r.stall(), func() { stop(errStall) })
+	received := r.receive(out, result, func() { watchdog.Reset(r.stall()) })
+	watchdog.Stop()
 	end := cmd.Wait()
-	if err != nil {
-		return nil, errors.Join(err, end)
-	}
-	after, err := busy()
-	if err != nil {
-		return nil, errors.Join(err, end)
-	}
 	// What it waited for, the emulator, counts as its own.
-	own := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
-	return &Result{
-		Host:      *host,
-		Samples:   samples,
-		Elsewhere: max(0, float64(after-before-own)/float64(time.Since(start))),
-	}, end
+	cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	if errors.Is(context.Cause(ctx), errStall) {
+		return cpu, errStall
+	}
+	return cpu, errors.Join(received, end)
 }
 
-// receive reads messages to the last.
-func (r *Run) receive(from io.Reader) (host *inside.Host, samples []sample.Sample, err error) {
+func (r *Run) stall() time.Duration {
+	if r.Stall != 0 {
+		return r.Stall
+	}
+	return stallLimit
+}
+
+// receive adds samples to the result until the last message, and calls alive
+// for each.
+func (r *Run) receive(from io.Reader, result *Result, alive func()) (err error) {
 	defer func() { // so that the sender does not wait for a reader
 		if _, drain := io.Copy(io.Discard, from); drain != nil {
 			err = errors.Join(err, drain)
 		}
 	}()
-	want := len(r.Plan.Steps())
+	want, first := len(r.Plan.Steps()), len(result.Samples)
 	start := time.Now()
 	decoder := json.NewDecoder(from)
 	for {
 		var m inside.Message
 		switch err := decoder.Decode(&m); {
 		case err == io.EOF:
-			return host, samples, fmt.Errorf("the run ended after %d of %d samples", len(samples), want)
+			return fmt.Errorf("the run ended after %d of %d samples", len(result.Samples), want)
 		case err != nil:
 			rest, _ := io.ReadAll(io.LimitReader(decoder.Buffered(), 200))
-			return host, samples, fmt.Errorf("after %d of %d samples: %w, before %q", len(samples), want, err, bytes.TrimSpace(rest))
+			return fmt.Errorf("after %d of %d samples: %w, before %q", len(result.Samples), want, err, bytes.TrimSpace(rest))
 		}
+		alive()
 		switch {
 		case m.Host != nil:
-			host = m.Host
+			result.Host = *m.Host
 			start = time.Now()
 		case m.Sample != nil:
-			samples = append(samples, *m.Sample)
-			if every := len(r.Plan.Periods); len(samples)%every == 0 {
-				took := time.Since(start)
-				left := took / time.Duration(len(samples)) * time.Duration(want-len(samples))
-				r.Log.Info("repetition is done", "clock", r.Plan.Clock, "number", len(samples)/every, "of", r.Plan.Repetitions,
+			if len(result.Samples) == want {
+				return fmt.Errorf("more than %d samples", want)
+			}
+			result.Samples = append(result.Samples, *m.Sample)
+			n := len(result.Samples)
+			if every := len(r.Plan.Periods); n%every == 0 {
+				left := time.Since(start) / time.Duration(n-first) * time.Duration(want-n)
+				r.Log.Info("repetition is done", "clock", r.Plan.Clock, "number", n/every, "of", r.Plan.Repetitions,
 					"left", left.Round(time.Second))
 			}
 		case m.Done:
-			if host == nil || len(samples) != want {
-				return host, samples, fmt.Errorf("the run says it is done after %d of %d samples", len(samples), want)
+			if result.Host.CPUs == 0 || len(result.Samples) != want {
+				return fmt.Errorf("the run says it is done after %d of %d samples", len(result.Samples), want)
 			}
-			return host, samples, nil
+			return nil
 		}
 	}
 }

@@ -5,6 +5,7 @@ package outside
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -46,15 +47,17 @@ func newRun() *Run {
 }
 
 func TestReceive(t *testing.T) {
-	host, samples, err := newRun().receive(strings.NewReader(lines(t, aHost, aSample, aSample, theEnd)))
-	if err != nil {
+	var got Result
+	words := 0
+	if err := newRun().receive(strings.NewReader(lines(t, aHost, aSample, aSample, theEnd)), &got, func() { words++ }); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(aHost.Host, host); diff != "" {
+	want := Result{Host: *aHost.Host, Samples: []sample.Sample{*aSample.Sample, *aSample.Sample}}
+	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("-want +got\n%s", diff)
 	}
-	if diff := cmp.Diff([]sample.Sample{*aSample.Sample, *aSample.Sample}, samples); diff != "" {
-		t.Errorf("-want +got\n%s", diff)
+	if words != 4 {
+		t.Errorf("%d signs of life, want 4", words)
 	}
 }
 
@@ -63,11 +66,12 @@ func TestReceiveTrouble(t *testing.T) {
 		{"nothing", "", "ended after 0 of 2 samples"},
 		{"it breaks off", lines(t, aHost, aSample), "ended after 1 of 2 samples"},
 		{"done too early", lines(t, aHost, aSample, theEnd), "done after 1 of 2 samples"},
+		{"too many", lines(t, aHost, aSample, aSample, aSample), "more than 2 samples"},
 		{"no host", lines(t, aSample, aSample, theEnd), "done after 2 of 2 samples"},
 		{"not JSON", lines(t, aHost, aSample) + "panic: trouble", "after 1 of 2 samples: invalid character"},
 	} {
 		from := strings.NewReader(test.text)
-		if _, _, err := newRun().receive(from); err == nil || !strings.Contains(err.Error(), test.want) {
+		if err := newRun().receive(from, new(Result), func() {}); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%s: error %v, want one with %q", test.name, err, test.want)
 		}
 		if from.Len() > 0 {
@@ -136,6 +140,56 @@ func TestTake(t *testing.T) {
 	r.Dir = filepath.Join(dir, "nowhere")
 	if _, err = r.Take(t.Context()); err == nil {
 		t.Error("no error without a runner")
+	}
+}
+
+// A host that stands still is given up, and another one goes on.
+func TestTakeStall(t *testing.T) {
+	dir := t.TempDir()
+	// The first host sends one sample and stands still, the second the rest.
+	script := `#!/bin/sh
+cd ` + dir + `
+echo "$@" >>arguments
+if [ -e second ]; then cat rest; exit 0; fi
+touch second
+cat first
+exec sleep 100
+`
+	for name, text := range map[string]string{
+		"vmfixture": script, "first": lines(t, aHost, aSample), "rest": lines(t, aHost, aSample, theEnd),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r := newRun()
+	r.Dir, r.Timeout, r.Stall = dir, time.Minute, 2*time.Second
+	result, err := r.Take(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(result.Samples) != 2 || result.Restarts != 1 {
+		t.Errorf("%d samples, %d restarts", len(result.Samples), result.Restarts)
+	}
+	arguments, err := os.ReadFile(filepath.Join(dir, "arguments"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if first, second, _ := strings.Cut(string(arguments), "\n"); !strings.Contains(first, `"done":0`) || !strings.Contains(second, `"done":1`) {
+		t.Errorf("%s", arguments)
+	}
+
+	// One that always does is an error in the end.
+	if err := os.Remove(filepath.Join(dir, "rest")); err != nil {
+		t.Fatal(err)
+	}
+	always := "#!/bin/sh\nexec sleep 100\n"
+	if err := os.WriteFile(filepath.Join(dir, "vmfixture"), []byte(always), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r.Stall = 50 * time.Millisecond
+	if result, err := r.Take(t.Context()); result != nil || !errors.Is(err, errStall) {
+		t.Errorf("%+v, %v; want %v", result, err, errStall)
 	}
 }
 

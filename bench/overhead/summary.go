@@ -83,6 +83,9 @@ type Curve struct {
 	// Elsewhere is how many CPUs of the machine that emulates were busy with
 	// other things, on average: noise of a wall clock.
 	Elsewhere float64 `json:"elsewhere_cpus"`
+	// Restarts is how often the emulated host had come to a standstill and
+	// another one went on with the samples that were left.
+	Restarts int `json:"restarts"`
 	// Notes say what limits the numbers, for a reader.
 	Notes []string `json:"notes,omitempty"`
 }

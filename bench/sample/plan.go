@@ -38,6 +38,7 @@ type Plan struct {
 	MaxTicks int           `json:"max_ticks"`
 	Window   time.Duration `json:"window_ns"`
 	Seed     uint64        `json:"seed"` // of the order
+	Done     int           `json:"done"` // so many steps have been carried out already
 }
 
 // Step is one sample to take.

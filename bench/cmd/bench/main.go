@@ -121,7 +121,7 @@ func run(ctx context.Context, o options, stdout io.Writer) error {
 		if err != nil {
 			return err
 		}
-		curve.Elsewhere = result.Elsewhere
+		curve.Elsewhere, curve.Restarts = result.Elsewhere, result.Restarts
 		samples = append(samples, result.Samples...)
 		curves = append(curves, curve)
 	}
