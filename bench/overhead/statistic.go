@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math"
 
+	"github.com/montanaflynn/stats"
 	"golang.org/x/perf/benchmath"
 )
 
@@ -32,8 +33,9 @@ var ErrTooFew = errors.New("too few values for an interval")
 // interval at this level: ErrTooFew comes with the median and the range of the
 // values for an interval.
 func Summarize(values []float64) (Statistic, error) {
-	if len(values) == 0 {
-		return Statistic{}, fmt.Errorf("%w: none", ErrTooFew)
+	median, err := stats.Median(values)
+	if err != nil {
+		return Statistic{}, fmt.Errorf("%w: %v", ErrTooFew, err)
 	}
 	for _, v := range values {
 		if math.IsNaN(v) || math.IsInf(v, 0) {
@@ -42,7 +44,7 @@ func Summarize(values []float64) (Statistic, error) {
 	}
 	sample := benchmath.NewSample(append([]float64(nil), values...), &benchmath.DefaultThresholds)
 	summary := benchmath.AssumeNothing.Summary(sample, Confidence)
-	s := Statistic{Median: summary.Center, Low: summary.Lo, High: summary.Hi, N: len(values)}
+	s := Statistic{Median: median, Low: summary.Lo, High: summary.Hi, N: len(values)}
 	if math.IsInf(s.Low, 0) || math.IsInf(s.High, 0) || math.IsNaN(s.Low) || math.IsNaN(s.High) {
 		s.Low, s.High = sample.Values[0], sample.Values[len(values)-1]
 		return s, fmt.Errorf("%w: %d", ErrTooFew, len(values))
