@@ -130,24 +130,69 @@ static int put_u64(struct sk_buff *skb, int attr, u64 value)
 	return nla_put_u64_64bit(skb, attr, value, 1);
 }
 
-static struct sk_buff *new_reply(struct genl_info *info, size_t size, void **head)
-{
-	struct sk_buff *skb = genlmsg_new(size, GFP_KERNEL);
+/* A request that one message answers. */
+struct request {
+	struct genl_info *info;
+	struct kvmaccess_vm *vm;	/* held; NULL where the request is about none */
+	struct sk_buff *skb;		/* the reply */
+	void *head;
+	u64 start;
+};
 
-	if (!skb)
-		return NULL;
-	*head = genlmsg_put_reply(skb, info, &family, 0, info->genlhdr->cmd);
-	if (!*head) {
-		nlmsg_free(skb);
-		return NULL;
-	}
-	return skb;
+/* The command, which is the index of its account as well. */
+static enum kvmaccess_cmd request_cmd(const struct request *r)
+{
+	return r->info->genlhdr->cmd;
 }
 
-static int send_reply(struct sk_buff *skb, struct genl_info *info, void *head)
+/*
+ * Begin what request_end() ends: hold the VM and allocate a reply with room
+ * for @size bytes of attributes. Nothing is to be ended after an error.
+ */
+static int request_begin(struct request *r, struct genl_info *info,
+			 struct nlattr *vm, bool needs_vm, size_t size)
 {
-	genlmsg_end(skb, head);
-	return genlmsg_reply(skb, info);
+	int err;
+
+	*r = (struct request){ .info = info, .start = ktime_get_ns() };
+
+	if (vm || needs_vm) {
+		r->vm = get_vm(vm, info->extack);
+		if (IS_ERR(r->vm)) {
+			err = PTR_ERR(r->vm);
+			kvmaccess_account_op(NULL, request_cmd(r), r->start, err, 0);
+			return err;
+		}
+	}
+
+	err = -ENOMEM;
+	r->skb = genlmsg_new(size, GFP_KERNEL);
+	if (!r->skb)
+		goto err_vm;
+	r->head = genlmsg_put_reply(r->skb, info, &family, 0, info->genlhdr->cmd);
+	if (r->head)
+		return 0;
+
+	nlmsg_free(r->skb);
+err_vm:
+	if (r->vm)
+		kvmaccess_vm_put(r->vm);
+	return err;
+}
+
+/* Account for the request, let go of its VM, and send the reply unless @err. */
+static int request_end(struct request *r, int err, u64 bytes)
+{
+	kvmaccess_account_op(r->vm ? &r->vm->account : NULL, request_cmd(r),
+			     r->start, err, bytes);
+	if (r->vm)
+		kvmaccess_vm_put(r->vm);
+	if (err) {
+		nlmsg_free(r->skb);
+		return err;
+	}
+	genlmsg_end(r->skb, r->head);
+	return genlmsg_reply(r->skb, r->info);
 }
 
 /* INFO */
@@ -179,26 +224,17 @@ static int info_fill(struct sk_buff *skb)
 	return 0;
 }
 
-static int info_doit(struct sk_buff *request, struct genl_info *info)
+static int info_doit(struct sk_buff *skb, struct genl_info *info)
 {
-	u64 start = ktime_get_ns();
-	struct sk_buff *skb;
-	void *head;
+	struct request r;
 	int err;
 
-	err = check_capable(request, info->extack);
+	err = check_capable(skb, info->extack);
+	if (!err)
+		err = request_begin(&r, info, NULL, false, REPLY_SIZE);
 	if (err)
 		return err;
-	skb = new_reply(info, REPLY_SIZE, &head);
-	if (!skb)
-		return -ENOMEM;
-	err = info_fill(skb);
-	kvmaccess_account_op(NULL, KVMACCESS_CMD_INFO, start, err, 0);
-	if (err) {
-		nlmsg_free(skb);
-		return err;
-	}
-	return send_reply(skb, info, head);
+	return request_end(&r, info_fill(r.skb), 0);
 }
 
 /* VM_GET, and the events */
@@ -217,37 +253,20 @@ static int vm_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 	return 0;
 }
 
-static int vm_doit(struct sk_buff *request, struct genl_info *info)
+static int vm_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	struct kvmaccess_vm_info vm_info;
-	u64 start = ktime_get_ns();
-	struct kvmaccess_vm *vm;
-	struct sk_buff *skb;
-	void *head;
+	struct request r;
 	int err;
 
-	err = check_capable(request, info->extack);
+	err = check_capable(skb, info->extack);
+	if (!err)
+		err = request_begin(&r, info, info->attrs[KVMACCESS_A_VM_ID], true,
+				    REPLY_SIZE);
 	if (err)
 		return err;
-	vm = get_vm(info->attrs[KVMACCESS_A_VM_ID], info->extack);
-	if (IS_ERR(vm)) {
-		kvmaccess_account_op(NULL, KVMACCESS_CMD_VM_GET, start, PTR_ERR(vm), 0);
-		return PTR_ERR(vm);
-	}
-
-	err = -ENOMEM;
-	skb = new_reply(info, REPLY_SIZE, &head);
-	if (skb) {
-		kvmaccess_vm_info(vm, &vm_info);
-		err = vm_fill(skb, vm, &vm_info);
-	}
-	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_VM_GET, start, err, 0);
-	kvmaccess_vm_put(vm);
-	if (err) {
-		nlmsg_free(skb);
-		return err;
-	}
-	return send_reply(skb, info, head);
+	kvmaccess_vm_info(r.vm, &vm_info);
+	return request_end(&r, vm_fill(r.skb, r.vm, &vm_info), 0);
 }
 
 /*
@@ -355,53 +374,39 @@ static int memslot_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 	return 0;
 }
 
-static int memslot_doit(struct sk_buff *request, struct genl_info *info)
+static int memslot_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	struct nlattr *as_attr = info->attrs[KVMACCESS_A_MEMSLOT_AS_ID];
 	struct nlattr *attr = info->attrs[KVMACCESS_A_MEMSLOT_SLOT];
-	u64 start = ktime_get_ns();
-	struct kvm_memory_slot *slot;
-	struct kvmaccess_vm *vm;
-	struct sk_buff *skb;
+	struct kvm_memory_slot *slot = NULL;
+	struct request r;
+	struct kvm *kvm;
 	u32 as_id;
-	void *head;
 	int err, idx;
 
-	err = check_capable(request, info->extack);
+	err = check_capable(skb, info->extack);
 	if (err)
 		return err;
 	if (!attr)
 		return miss(info->extack, "SLOT is missing");
-	as_id = as_attr ? nla_get_u32(as_attr) : 0;
-
-	vm = get_vm(info->attrs[KVMACCESS_A_MEMSLOT_VM_ID], info->extack);
-	if (IS_ERR(vm)) {
-		kvmaccess_account_op(NULL, KVMACCESS_CMD_MEMSLOT_GET, start, PTR_ERR(vm), 0);
-		return PTR_ERR(vm);
-	}
-
-	err = -ENOMEM;
-	skb = new_reply(info, REPLY_SIZE, &head);
-	if (skb) {
-		idx = srcu_read_lock(&vm->kvm->srcu);
-		slot = as_id < kvmaccess_compat_as_num(vm->kvm) ?
-		       id_to_memslot(__kvm_memslots(vm->kvm, as_id), nla_get_u32(attr)) : NULL;
-		if (slot) {
-			err = memslot_fill(skb, vm, slot, as_id);
-		} else {
-			NL_SET_ERR_MSG_ATTR(info->extack, attr,
-					    "the VM has no memslot with this number");
-			err = -ENXIO;
-		}
-		srcu_read_unlock(&vm->kvm->srcu, idx);
-	}
-	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_MEMSLOT_GET, start, err, 0);
-	kvmaccess_vm_put(vm);
-	if (err) {
-		nlmsg_free(skb);
+	err = request_begin(&r, info, info->attrs[KVMACCESS_A_MEMSLOT_VM_ID], true,
+			    REPLY_SIZE);
+	if (err)
 		return err;
+
+	kvm = r.vm->kvm;
+	as_id = as_attr ? nla_get_u32(as_attr) : 0;
+	idx = srcu_read_lock(&kvm->srcu);
+	if (as_id < kvmaccess_compat_as_num(kvm))
+		slot = id_to_memslot(__kvm_memslots(kvm, as_id), nla_get_u32(attr));
+	if (slot) {
+		err = memslot_fill(r.skb, r.vm, slot, as_id);
+	} else {
+		NL_SET_ERR_MSG_ATTR(info->extack, attr, "the VM has no memslot with this number");
+		err = -ENXIO;
 	}
-	return send_reply(skb, info, head);
+	srcu_read_unlock(&kvm->srcu, idx);
+	return request_end(&r, err, 0);
 }
 
 struct memslot_cursor {
@@ -594,44 +599,66 @@ static int vcpu_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 	return put_u64(skb, KVMACCESS_A_VCPU_PAT, s->pat);
 }
 
-static int vcpu_doit(struct sk_buff *request, struct genl_info *info)
+/* The state of the vCPU that @attr names, to be freed by kfree(). */
+static struct kvmaccess_vcpu_state *capture(struct kvmaccess_vm *vm,
+					    struct nlattr *attr,
+					    struct kvm_vcpu **vcpu,
+					    struct netlink_ext_ack *extack)
 {
 	struct kvmaccess_vcpu_state *state;
-	u64 start = ktime_get_ns();
-	struct kvmaccess_vm *vm;
-	struct kvm_vcpu *vcpu;
-	struct sk_buff *skb;
-	void *head;
 	int err;
 
-	err = check_capable(request, info->extack);
+	*vcpu = get_vcpu(vm, attr, extack);
+	if (IS_ERR(*vcpu))
+		return ERR_CAST(*vcpu);
+	state = kmalloc(sizeof(*state), GFP_KERNEL);
+	if (!state)
+		return ERR_PTR(-ENOMEM);
+	err = kvmaccess_vcpu_capture(vm, *vcpu, state, extack);
+	if (err) {
+		kfree(state);
+		return ERR_PTR(err);
+	}
+	return state;
+}
+
+/* The same, of a vCPU through whose page tables memory is to be read. */
+static struct kvmaccess_vcpu_state *capture_paging(struct kvmaccess_vm *vm,
+						   struct nlattr *attr,
+						   struct kvm_vcpu **vcpu,
+						   struct netlink_ext_ack *extack)
+{
+	struct kvmaccess_vcpu_state *state = capture(vm, attr, vcpu, extack);
+
+	if (!IS_ERR(state) && state->flags & KVMACCESS_VCPU_F_NESTED) {
+		NL_SET_ERR_MSG(extack,
+			       "the vCPU runs a nested guest, whose memory is not this VM's: try again");
+		kfree(state);
+		return ERR_PTR(-EAGAIN);
+	}
+	return state;
+}
+
+static int vcpu_doit(struct sk_buff *skb, struct genl_info *info)
+{
+	struct kvmaccess_vcpu_state *state;
+	struct kvm_vcpu *vcpu;
+	struct request r;
+	int err;
+
+	err = check_capable(skb, info->extack);
+	if (!err)
+		err = request_begin(&r, info, info->attrs[KVMACCESS_A_VCPU_VM_ID], true,
+				    REPLY_SIZE);
 	if (err)
 		return err;
-	vm = get_vm(info->attrs[KVMACCESS_A_VCPU_VM_ID], info->extack);
-	if (IS_ERR(vm)) {
-		kvmaccess_account_op(NULL, KVMACCESS_CMD_VCPU_GET, start, PTR_ERR(vm), 0);
-		return PTR_ERR(vm);
-	}
 
-	skb = new_reply(info, REPLY_SIZE, &head);
-	state = kmalloc(sizeof(*state), GFP_KERNEL);
-	vcpu = get_vcpu(vm, info->attrs[KVMACCESS_A_VCPU_ID], info->extack);
-	if (!skb || !state)
-		err = -ENOMEM;
-	else if (IS_ERR(vcpu))
-		err = PTR_ERR(vcpu);
-	else
-		err = kvmaccess_vcpu_capture(vm, vcpu, state, info->extack);
-	if (!err)
-		err = vcpu_fill(skb, vm, vcpu, state);
+	state = capture(r.vm, info->attrs[KVMACCESS_A_VCPU_ID], &vcpu, info->extack);
+	if (IS_ERR(state))
+		return request_end(&r, PTR_ERR(state), 0);
+	err = vcpu_fill(r.skb, r.vm, vcpu, state);
 	kfree(state);
-	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_VCPU_GET, start, err, 0);
-	kvmaccess_vm_put(vm);
-	if (err) {
-		nlmsg_free(skb);
-		return err;
-	}
-	return send_reply(skb, info, head);
+	return request_end(&r, err, 0);
 }
 
 struct vcpu_cursor {
@@ -837,32 +864,18 @@ static int mem_virtual(struct kvmaccess_vm *vm, struct genl_info *info,
 	struct netlink_ext_ack *extack = info->extack;
 	struct kvmaccess_vcpu_state *state;
 	const struct nlattr *attr;
-	struct kvm_vcpu *vcpu;
 	struct mem_range range;
+	struct kvm_vcpu *vcpu;
 	int rem, err;
 
-	vcpu = get_vcpu(vm, info->attrs[KVMACCESS_A_MEM_VCPU_ID], extack);
-	if (IS_ERR(vcpu))
-		return PTR_ERR(vcpu);
-
-	state = kmalloc(sizeof(*state), GFP_KERNEL);
-	if (!state)
-		return -ENOMEM;
-	err = kvmaccess_vcpu_capture(vm, vcpu, state, extack);
-	if (!err && state->flags & KVMACCESS_VCPU_F_NESTED) {
-		NL_SET_ERR_MSG(extack,
-			       "the vCPU runs a nested guest, whose memory is not this VM's: try again");
-		err = -EAGAIN;
-	}
-	if (!err) {
-		kvmaccess_memory_paging(state, paging);
-		*as_id = state->as_id;
-		if (root)
-			paging->root = nla_get_u64(root);
-	}
+	state = capture_paging(vm, info->attrs[KVMACCESS_A_MEM_VCPU_ID], &vcpu, extack);
+	if (IS_ERR(state))
+		return PTR_ERR(state);
+	kvmaccess_memory_paging(state, paging);
+	*as_id = state->as_id;
 	kfree(state);
-	if (err)
-		return err;
+	if (root)
+		paging->root = nla_get_u64(root);
 
 	nlmsg_for_each_attr(attr, info->nlhdr, GENL_HDRLEN, rem) {
 		if (nla_type(attr) != KVMACCESS_A_MEM_RANGE)
@@ -879,54 +892,41 @@ static int mem_virtual(struct kvmaccess_vm *vm, struct genl_info *info,
 	return 0;
 }
 
-static int mem_doit(struct sk_buff *request, struct genl_info *info)
+static int mem_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	struct mem_job job = { .info = info };
-	u64 start = ktime_get_ns();
-	struct kvmaccess_vm *vm;
 	unsigned int count;
+	struct request r;
 	u32 bytes, as_id = 0;
-	void *head;
 	int err;
 
-	err = check_capable(request, info->extack);
-	if (err)
-		return err;
-	err = check_ranges(info, &count, &bytes);
+	err = check_capable(skb, info->extack);
+	if (!err)
+		err = check_ranges(info, &count, &bytes);
 	if (err)
 		return err;
 	job.is_virtual = info->attrs[KVMACCESS_A_MEM_VCPU_ID];
 	if (info->attrs[KVMACCESS_A_MEM_ROOT] && !job.is_virtual)
 		return miss(info->extack, "ROOT needs VCPU_ID, whose paging mode it is used in");
 
-	vm = get_vm(info->attrs[KVMACCESS_A_MEM_VM_ID], info->extack);
-	if (IS_ERR(vm)) {
-		kvmaccess_account_op(NULL, KVMACCESS_CMD_MEM_READ, start, PTR_ERR(vm), 0);
-		return PTR_ERR(vm);
-	}
-
 	/* At most 33 KiB, by constants only. */
-	job.skb = new_reply(info, bytes + count * 64 + 256, &head);
-	err = -ENOMEM;
-	if (job.skb)
-		err = put_u64(job.skb, KVMACCESS_A_MEM_VM_ID, vm->id);
+	err = request_begin(&r, info, info->attrs[KVMACCESS_A_MEM_VM_ID], true,
+			    bytes + count * 64 + 256);
+	if (err)
+		return err;
+
+	job.skb = r.skb;
+	err = put_u64(r.skb, KVMACCESS_A_MEM_VM_ID, r.vm->id);
 	if (!err && job.is_virtual)
-		err = mem_virtual(vm, info, &job.paging, &as_id);
+		err = mem_virtual(r.vm, info, &job.paging, &as_id);
 	if (!err) {
-		err = kvmaccess_memory_run(vm, as_id, mem_fill, &job);
+		err = kvmaccess_memory_run(r.vm, as_id, mem_fill, &job);
 		if (!err && !job.read)
 			err = job.first_err;
 		if (err)
 			explain(info->extack, kvmaccess_memory_strerror(err));
 	}
-
-	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_MEM_READ, start, err, job.bytes);
-	kvmaccess_vm_put(vm);
-	if (err) {
-		nlmsg_free(job.skb);
-		return err;
-	}
-	return send_reply(job.skb, info, head);
+	return request_end(&r, err, job.bytes);
 }
 
 /* TABLE_GET */
@@ -995,20 +995,17 @@ static int table_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 	return err;
 }
 
-static int table_doit(struct sk_buff *request, struct genl_info *info)
+static int table_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	struct nlattr *kind = info->attrs[KVMACCESS_A_TABLE_KIND];
 	struct nlattr *len = info->attrs[KVMACCESS_A_TABLE_LENGTH];
 	struct kvmaccess_vcpu_state *state;
-	u64 start = ktime_get_ns();
-	struct kvmaccess_vm *vm;
 	struct kvm_vcpu *vcpu;
-	struct sk_buff *skb;
+	struct request r;
 	u32 bytes = 0;
-	void *head;
 	int err;
 
-	err = check_capable(request, info->extack);
+	err = check_capable(skb, info->extack);
 	if (err)
 		return err;
 	if (!kind)
@@ -1027,36 +1024,17 @@ static int table_doit(struct sk_buff *request, struct genl_info *info)
 		return -E2BIG;
 	}
 
-	vm = get_vm(info->attrs[KVMACCESS_A_TABLE_VM_ID], info->extack);
-	if (IS_ERR(vm)) {
-		kvmaccess_account_op(NULL, KVMACCESS_CMD_TABLE_GET, start, PTR_ERR(vm), 0);
-		return PTR_ERR(vm);
-	}
-
-	skb = new_reply(info, KVMACCESS_MAX_BYTES + 256, &head);
-	state = kmalloc(sizeof(*state), GFP_KERNEL);
-	vcpu = get_vcpu(vm, info->attrs[KVMACCESS_A_TABLE_VCPU_ID], info->extack);
-	if (!skb || !state)
-		err = -ENOMEM;
-	else if (IS_ERR(vcpu))
-		err = PTR_ERR(vcpu);
-	else
-		err = kvmaccess_vcpu_capture(vm, vcpu, state, info->extack);
-	if (!err && state->flags & KVMACCESS_VCPU_F_NESTED) {
-		NL_SET_ERR_MSG(info->extack,
-			       "the vCPU runs a nested guest, whose memory is not this VM's: try again");
-		err = -EAGAIN;
-	}
-	if (!err)
-		err = table_fill(skb, vm, vcpu, info, state, &bytes);
-	kfree(state);
-	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_TABLE_GET, start, err, bytes);
-	kvmaccess_vm_put(vm);
-	if (err) {
-		nlmsg_free(skb);
+	err = request_begin(&r, info, info->attrs[KVMACCESS_A_TABLE_VM_ID], true,
+			    KVMACCESS_MAX_BYTES + 256);
+	if (err)
 		return err;
-	}
-	return send_reply(skb, info, head);
+	state = capture_paging(r.vm, info->attrs[KVMACCESS_A_TABLE_VCPU_ID], &vcpu,
+			       info->extack);
+	if (IS_ERR(state))
+		return request_end(&r, PTR_ERR(state), 0);
+	err = table_fill(r.skb, r.vm, vcpu, info, state, &bytes);
+	kfree(state);
+	return request_end(&r, err, bytes);
 }
 
 /* STATS */
@@ -1099,36 +1077,18 @@ static int stats_fill(struct sk_buff *skb, struct kvmaccess_vm *vm)
 	return 0;
 }
 
-static int stats_doit(struct sk_buff *request, struct genl_info *info)
+static int stats_doit(struct sk_buff *skb, struct genl_info *info)
 {
-	struct nlattr *attr = info->attrs[KVMACCESS_A_STATS_VM_ID];
-	struct kvmaccess_vm *vm = NULL;
-	u64 start = ktime_get_ns();
-	struct sk_buff *skb;
-	void *head;
+	struct request r;
 	int err;
 
-	err = check_capable(request, info->extack);
+	err = check_capable(skb, info->extack);
+	if (!err)
+		err = request_begin(&r, info, info->attrs[KVMACCESS_A_STATS_VM_ID], false,
+				    REPLY_SIZE);
 	if (err)
 		return err;
-	if (attr) {
-		vm = get_vm(attr, info->extack);
-		if (IS_ERR(vm)) {
-			kvmaccess_account_op(NULL, KVMACCESS_CMD_STATS, start, PTR_ERR(vm), 0);
-			return PTR_ERR(vm);
-		}
-	}
-
-	skb = new_reply(info, REPLY_SIZE, &head);
-	err = skb ? stats_fill(skb, vm) : -ENOMEM;
-	kvmaccess_account_op(vm ? &vm->account : NULL, KVMACCESS_CMD_STATS, start, err, 0);
-	if (vm)
-		kvmaccess_vm_put(vm);
-	if (err) {
-		nlmsg_free(skb);
-		return err;
-	}
-	return send_reply(skb, info, head);
+	return request_end(&r, stats_fill(r.skb, r.vm), 0);
 }
 
 static int stats_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
