@@ -11,6 +11,7 @@ import (
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/text"
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
 
@@ -27,6 +28,7 @@ var (
 	colourClaim  = color.RGBA{R: 0x00, G: 0x72, B: 0xb2, A: 0xff}
 	colourSoaker = color.RGBA{R: 0xd5, G: 0x5e, B: 0x00, A: 0xff}
 	colourCheck  = color.RGBA{R: 0x00, G: 0x9e, B: 0x73, A: 0xff}
+	colourNoisy  = color.RGBA{R: 0xa3, G: 0xdb, B: 0xcb, A: 0xff} // the same, lighter
 	colourPaper  = color.RGBA{R: 0x20, G: 0x20, B: 0x20, A: 0xff}
 	colourGrid   = color.RGBA{R: 0xe4, G: 0xe4, B: 0xe4, A: 0xff}
 )
@@ -120,7 +122,7 @@ func newPlot(s *overhead.Summary) (*plot.Plot, error) {
 		claim, soaker := curveSeries(s.Check, low)
 		all = append(all,
 			claim.styled("wall-clock check: the product's account", draw.BoxGlyph{}, 2.8, colourCheck, true),
-			soaker.styled("wall-clock check: counting loop", draw.TriangleGlyph{}, 6, colourCheck, false))
+			soaker.styled("wall-clock check: counting loop", draw.TriangleGlyph{}, 5, colourNoisy, false))
 	}
 	for _, series := range slices.Backward(all) {
 		if err := series.draw(p); err != nil {
@@ -214,7 +216,8 @@ func addIso(p *plot.Plot, s *overhead.Summary) error {
 	}
 	label.TextStyle[0].Color = colourClaim
 	label.TextStyle[0].Font.Size = vg.Points(11)
-	label.Offset.X, label.Offset.Y = vg.Points(5), vg.Points(8)
+	label.TextStyle[0].XAlign = text.XRight
+	label.Offset.X, label.Offset.Y = -vg.Points(5), vg.Points(8)
 	p.Add(line, label)
 	return nil
 }
