@@ -9,6 +9,7 @@ import "github.com/kvmaccess/kvmaccess/bench/sample"
 // Message is one line of JSON that the run sends out. One of its fields is set.
 type Message struct {
 	Host   *Host          `json:"host,omitempty"`
+	Guest  bool           `json:"guest,omitempty"` // the guest is up
 	Sample *sample.Sample `json:"sample,omitempty"`
 	Done   bool           `json:"done,omitempty"` // the last message: all of the plan is there
 }

@@ -72,6 +72,9 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	}
 	defer func() { err = errors.Join(err, loops.stop()) }()
 
+	if err := emit(Message{Guest: true}); err != nil {
+		return err
+	}
 	if err := pause(ctx, warmUp); err != nil {
 		return err
 	}
