@@ -17,6 +17,8 @@
 
 #define BTF_SIZE_MAX	(32 << 20)
 #define NAME_MAX_BYTES	64
+/* The header's part that all versions have; it has grown since. */
+#define HEADER_SIZE	offsetofend(struct btf_header, str_len)
 
 struct kvmaccess_btf {
 	struct file *base;		/* vmlinux, NULL where it is the file itself */
@@ -45,7 +47,7 @@ static int read_at(struct file *file, void *buf, size_t len, loff_t pos)
 
 static int check_header(const struct btf_header *h, u64 size)
 {
-	if (h->magic != BTF_MAGIC || h->hdr_len < sizeof(*h) || !h->str_len ||
+	if (h->magic != BTF_MAGIC || h->hdr_len < HEADER_SIZE || !h->str_len ||
 	    (u64)h->hdr_len + h->type_off + h->type_len > size ||
 	    (u64)h->hdr_len + h->str_off + h->str_len > size ||
 	    !IS_ALIGNED(h->hdr_len + h->type_off, 4))
@@ -55,7 +57,7 @@ static int check_header(const struct btf_header *h, u64 size)
 
 static int open_base(struct kvmaccess_btf *btf)
 {
-	struct btf_header h;
+	struct btf_header h = {};
 	struct file *file;
 	int err;
 
@@ -64,7 +66,7 @@ static int open_base(struct kvmaccess_btf *btf)
 		return PTR_ERR(file);
 	btf->base = file;
 
-	err = read_at(file, &h, sizeof(h), 0);
+	err = read_at(file, &h, HEADER_SIZE, 0);
 	if (!err)
 		err = check_header(&h, i_size_read(file_inode(file)));
 	if (err)
@@ -92,7 +94,7 @@ struct kvmaccess_btf *kvmaccess_btf_open(const char *module)
 		return ERR_CAST(file);
 
 	size = i_size_read(file_inode(file));
-	if (size < sizeof(struct btf_header) || size > BTF_SIZE_MAX) {
+	if (size < HEADER_SIZE || size > BTF_SIZE_MAX) {
 		btf = ERR_PTR(-EFBIG);
 		goto out_file;
 	}
