@@ -253,9 +253,16 @@ static int vm_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 	return 0;
 }
 
+static int vm_fill_held(struct sk_buff *skb, struct kvmaccess_vm *vm)
+{
+	struct kvmaccess_vm_info info;
+
+	kvmaccess_vm_info(vm, &info);
+	return vm_fill(skb, vm, &info);
+}
+
 static int vm_doit(struct sk_buff *skb, struct genl_info *info)
 {
-	struct kvmaccess_vm_info vm_info;
 	struct request r;
 	int err;
 
@@ -265,8 +272,7 @@ static int vm_doit(struct sk_buff *skb, struct genl_info *info)
 				    REPLY_SIZE);
 	if (err)
 		return err;
-	kvmaccess_vm_info(r.vm, &vm_info);
-	return request_end(&r, vm_fill(r.skb, r.vm, &vm_info), 0);
+	return request_end(&r, vm_fill_held(r.skb, r.vm), 0);
 }
 
 /*
@@ -322,10 +328,11 @@ static void *dump_put(struct sk_buff *skb, struct netlink_callback *cb, u8 cmd)
 	return head;
 }
 
-static int vm_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
+/* Dump one message for each VM, by rising id. */
+static int dump_vms(struct sk_buff *skb, struct netlink_callback *cb, enum kvmaccess_cmd cmd,
+		    int (*fill)(struct sk_buff *skb, struct kvmaccess_vm *vm))
 {
 	struct vm_cursor *cursor = (void *)cb->ctx;
-	struct kvmaccess_vm_info vm_info;
 	struct kvmaccess_vm *vm;
 	u64 start;
 	void *head;
@@ -339,15 +346,14 @@ static int vm_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 		if (IS_ERR(vm))
 			return PTR_ERR(vm);
 		if (!vm)
-			break;
+			return skb->len;
 		cb->seq = kvmaccess_vm_generation();
-		kvmaccess_vm_info(vm, &vm_info);
-		head = dump_put(skb, cb, KVMACCESS_CMD_VM_GET);
-		err = head ? vm_fill(skb, vm, &vm_info) : -EMSGSIZE;
+		head = dump_put(skb, cb, cmd);
+		err = head ? fill(skb, vm) : -EMSGSIZE;
 		if (!err) {
 			genlmsg_end(skb, head);
 			cursor->id = vm->id;
-			kvmaccess_account_op(&vm->account, KVMACCESS_CMD_VM_GET, start, 0, 0);
+			kvmaccess_account_op(&vm->account, cmd, start, 0, 0);
 		} else if (head) {
 			genlmsg_cancel(skb, head);
 		}
@@ -355,7 +361,11 @@ static int vm_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 		if (err)
 			return skb->len ?: err;
 	}
-	return skb->len;
+}
+
+static int vm_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
+{
+	return dump_vms(skb, cb, KVMACCESS_CMD_VM_GET, vm_fill_held);
 }
 
 /* MEMSLOT_GET */
@@ -1093,30 +1103,7 @@ static int stats_doit(struct sk_buff *skb, struct genl_info *info)
 
 static int stats_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 {
-	struct vm_cursor *cursor = (void *)cb->ctx;
-	struct kvmaccess_vm *vm;
-	void *head;
-	int err;
-
-	for (;;) {
-		vm = kvmaccess_vm_get_next(cursor->id);
-		if (IS_ERR(vm))
-			return PTR_ERR(vm);
-		if (!vm)
-			return skb->len;
-		cb->seq = kvmaccess_vm_generation();
-		head = dump_put(skb, cb, KVMACCESS_CMD_STATS);
-		err = head ? stats_fill(skb, vm) : -EMSGSIZE;
-		if (!err) {
-			genlmsg_end(skb, head);
-			cursor->id = vm->id;
-		} else if (head) {
-			genlmsg_cancel(skb, head);
-		}
-		kvmaccess_vm_put(vm);
-		if (err)
-			return skb->len ?: err;
-	}
+	return dump_vms(skb, cb, KVMACCESS_CMD_STATS, stats_fill);
 }
 
 static const struct genl_ops ops[] = {

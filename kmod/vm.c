@@ -90,7 +90,7 @@ static struct kvmaccess_vm *find_by_address(struct kvm *kvm)
  * Take a reference to the VM of @vm. vm_list holds no VM whose last reference
  * is gone for longer than its destroyer needs to take kvm_lock, and
  * kvm_get_kvm_safe() refuses that one. A VM found here under the right
- * address may still be the next one: the caller looks at ->gone again.
+ * address may still be the next one, which ->gone tells once it is held.
  */
 static bool hold(struct kvmaccess_vm *vm)
 {
