@@ -77,6 +77,20 @@ func OpenPort(name string, limit time.Duration) (*os.File, error) {
 	}
 }
 
+// OpenSerial opens a serial line so that it passes on every byte as it is.
+func OpenSerial(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	t := unix.Termios{Cflag: unix.CS8 | unix.CREAD | unix.CLOCAL | unix.B115200, Ispeed: unix.B115200, Ospeed: unix.B115200}
+	t.Cc[unix.VMIN] = 1
+	if err := unix.IoctlSetTermios(int(f.Fd()), unix.TCSETS, &t); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), f.Close())
+	}
+	return f, nil
+}
+
 // PowerOff ends the machine; it does not return.
 func PowerOff() {
 	unix.Sync()

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -50,8 +51,16 @@ func setUp() (port *os.File, err error) {
 	if err := boot.LoadModules("/" + cache.ModuleList); err != nil {
 		return nil, err
 	}
-	if port, err = boot.OpenPort(Port, time.Minute); err != nil {
+	if port, err = openPort(); err != nil {
 		return nil, err
+	}
+	system, err := findDisk(rootDisk, time.Minute)
+	if err != nil {
+		return port, err
+	}
+	payload, err := findDisk(payloadDisk, time.Minute)
+	if err != nil {
+		return port, err
 	}
 	const root = "/newroot"
 	for _, m := range []struct {
@@ -59,10 +68,10 @@ func setUp() (port *os.File, err error) {
 		flags             uintptr
 		data              string
 	}{
-		{"/dev/vda", "/lower", "squashfs", unix.MS_RDONLY, ""},
+		{system, "/lower", "squashfs", unix.MS_RDONLY, ""},
 		{"tmpfs", "/upper", "tmpfs", 0, "size=75%"},
 		{"overlay", root, "overlay", 0, "lowerdir=/lower,upperdir=/upper/root,workdir=/upper/work"},
-		{"/dev/vdb", root + Payload, "squashfs", unix.MS_RDONLY, ""},
+		{payload, root + Payload, "squashfs", unix.MS_RDONLY, ""},
 		{"tmpfs", root + "/run", "tmpfs", 0, ""},
 		{"tmpfs", root + "/tmp", "tmpfs", 0, ""},
 	} {
@@ -96,6 +105,42 @@ func setUp() (port *os.File, err error) {
 		return port, err
 	}
 	return port, nil
+}
+
+// openPort opens what records go out by.
+func openPort() (*os.File, error) {
+	line, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return nil, err
+	}
+	for arg := range strings.FieldsSeq(string(line)) {
+		if name, ok := strings.CutPrefix(arg, portArg); ok {
+			return boot.OpenSerial(name)
+		}
+	}
+	return boot.OpenPort(Port, time.Minute)
+}
+
+// findDisk returns the device of the disk of this name, once it is there: a
+// virtio disk has a serial number, an ATA disk a model.
+func findDisk(name string, limit time.Duration) (string, error) {
+	for end := time.Now().Add(limit); ; time.Sleep(10 * time.Millisecond) {
+		for _, attribute := range []string{"serial", "device/model"} {
+			files, err := filepath.Glob("/sys/block/*/" + attribute)
+			if err != nil {
+				return "", err
+			}
+			for _, file := range files {
+				text, err := os.ReadFile(file)
+				if err == nil && strings.TrimSpace(string(text)) == name {
+					return "/dev/" + strings.Split(file, "/")[3], nil
+				}
+			}
+		}
+		if time.Now().After(end) {
+			return "", fmt.Errorf("no disk %q after %v", name, limit)
+		}
+	}
 }
 
 func loopbackUp() error {

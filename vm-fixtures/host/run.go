@@ -15,12 +15,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -37,10 +35,11 @@ type File struct {
 // Config says which host to boot and what to run in it.
 type Config struct {
 	Suite   string
+	Vendor  string        // of the host's processor: SVM, the default, or VMX
 	CPUs    int           // of the host; 1 with Icount
 	Memory  int           // MiB
 	Icount  bool          // one instruction takes one nanosecond of the host's time
-	CPU     string        // QEMU's model and features; empty: DefaultCPU
+	CPU     string        // the emulator's model and features; empty: DefaultCPU, or what all kernels boot on
 	Append  string        // to the kernel's command line
 	Module  string        // kvmaccess.ko; empty: built from the checkout
 	Files   []File        // for the payload
@@ -118,7 +117,7 @@ func prepare(ctx context.Context, dir string, root *cache.Root, c Config) error 
 	if err := os.WriteFile(filepath.Join(payload, specName), text, 0o644); err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, "mksquashfs", payload, filepath.Join(dir, "payload.squashfs"),
+	out, err := exec.CommandContext(ctx, "mksquashfs", payload, filepath.Join(dir, payloadName),
 		"-noI", "-noD", "-noF", "-no-progress", "-quiet").CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("mksquashfs: %w: %s", err, out)
@@ -130,59 +129,47 @@ func prepare(ctx context.Context, dir string, root *cache.Root, c Config) error 
 	if err != nil {
 		return err
 	}
-	return initramfs(filepath.Join(dir, "initramfs.cpio"), root.HostInitramfs(), "/init", me, nil)
+	return initramfs(filepath.Join(dir, initramfsName), root.HostInitramfs(), "/init", me, nil)
 }
 
-// emulator is the command line that boots the host.
-func emulator(dir string, root *cache.Root, c Config) []string {
-	cpu := c.CPU
-	if cpu == "" {
-		cpu = DefaultCPU
-	}
-	args := []string{"qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "pc", "-cpu", cpu, "-m", strconv.Itoa(c.Memory)}
-	if c.Icount {
-		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1")
-	} else {
-		args = append(args, "-accel", "tcg,thread=multi", "-smp", strconv.Itoa(c.CPUs))
-	}
-	disk := func(id, file string) []string {
-		return []string{
-			"-drive", "if=none,format=raw,readonly=on,id=" + id + ",file=" + file,
-			"-device", "virtio-blk-pci,drive=" + id,
-		}
-	}
-	args = append(args, disk("root", root.Image())...)
-	args = append(args, disk("payload", filepath.Join(dir, "payload.squashfs"))...)
-	kernel := strings.Join(strings.Fields("console=ttyS0 loglevel=5 "+panicArgs+" "+c.Append), " ")
-	return append(args,
-		"-kernel", root.Vmlinuz(), "-initrd", filepath.Join(dir, "initramfs.cpio"), "-append", kernel,
-		"-serial", "file:"+filepath.Join(dir, consoleName),
-		"-device", "virtio-serial-pci",
-		"-chardev", "socket,id=host,path="+filepath.Join(dir, "port"),
-		"-device", "virtserialport,chardev=host,name="+Port,
-	)
+// kernelLine is the command line of the host's kernel.
+func kernelLine(c Config, more ...string) string {
+	return strings.Join(strings.Fields("console=ttyS0 loglevel=5 "+panicArgs+" "+strings.Join(more, " ")+" "+c.Append), " ")
 }
 
-const consoleName = "console"
+// Files in a host's directory.
+const (
+	consoleName   = "console"
+	portName      = "port"
+	payloadName   = "payload.squashfs"
+	initramfsName = "initramfs.cpio"
+)
 
 func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (int, error) {
-	listener, err := net.Listen("unix", filepath.Join(dir, "port"))
+	emulator, err := emulatorOf(c.Vendor)
 	if err != nil {
 		return 0, err
 	}
-	defer listener.Close()
-
-	args := emulator(dir, root, c)
-	c.Log.Info("booting the host", "suite", root.Suite.Name, "kernel", root.Kernel, "command", quote(args))
+	port, err := openPipe(filepath.Join(dir, portName))
+	if err != nil {
+		return 0, err
+	}
+	defer port.Close()
+	m, err := emulator.machine(ctx, dir, root, c)
+	if err != nil {
+		return 0, err
+	}
+	cmd := m.cmd
+	c.Log.Info("booting the host", "suite", root.Suite.Name, "kernel", root.Kernel, "command", quote(cmd.Args))
 	start := time.Now()
 	var stderr bytes.Buffer
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Stderr = &stderr
 	cmd.Cancel = func() error { return cmd.Process.Kill() }
 	// The emulator goes when this process goes, however it does.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	err = cmd.Start()
+	m.started()
+	if err != nil {
 		if errors.Is(err, exec.ErrNotFound) {
 			return 0, fmt.Errorf("%w: run 'make deps' first", err)
 		}
@@ -195,25 +182,19 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 	}
 	done := make(chan result, 1)
 	go func() {
-		conn, err := listener.Accept()
-		if err != nil {
-			done <- result{0, err}
-			return
-		}
-		defer conn.Close()
-		code, err := receive(conn, c, start)
+		code, err := receive(port.r, c, start)
 		done <- result{code, err}
 	}()
 
 	exit := cmd.Wait()
-	listener.Close() // a QEMU that never connected leaves no one waiting
+	port.w.Close() // nobody else writes any more: what is read ends
 	r := <-done
 
 	trouble := []error{r.err}
 	if ctx.Err() != nil {
 		trouble = append(trouble, fmt.Errorf("stopped after %v: %w", time.Since(start).Round(time.Second), context.Cause(ctx)))
-	} else if exit != nil {
-		trouble = append(trouble, fmt.Errorf("QEMU: %w: %s", exit, strings.TrimSpace(stderr.String())))
+	} else if exit != nil && !(m.anyExit && r.err == nil) {
+		trouble = append(trouble, fmt.Errorf("%s: %w: %s", cmd.Args[0], exit, strings.TrimSpace(stderr.String())))
 	}
 	console, err := os.ReadFile(filepath.Join(dir, consoleName))
 	if err != nil {

@@ -7,6 +7,16 @@ import "os"
 // Port is the name of the virtio port that records come out of a host by.
 const Port = "kvmaccess.host"
 
+// portArg, on the kernel's command line, names the device that they come out
+// by instead.
+const portArg = "kvmaccess.port="
+
+// The disks of a host, by the name that each gives itself.
+const (
+	rootDisk    = "root"
+	payloadDisk = "payload"
+)
+
 // Payload is where a host finds what it was given, Out where it leaves files
 // for the outside.
 const (

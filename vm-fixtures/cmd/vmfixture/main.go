@@ -169,9 +169,10 @@ word on the host's console, or no closing record, is an error (exit code 125).`,
 	}, host.Run)
 	f := cmd.Flags()
 	f.BoolVar(&c.Icount, "icount", false, "clock of the host counts instructions, 1 ns each; one CPU")
+	f.StringVar(&c.Vendor, "vendor", host.SVM, "processor of the host: svm (AMD, under QEMU) or vmx (Intel, under Bochs)")
 	f.IntVar(&c.CPUs, "smp", 2, "CPUs of the host")
 	f.IntVar(&c.Memory, "memory", 2560, "memory of the host in MiB")
-	f.StringVar(&c.CPU, "cpu", host.DefaultCPU, "QEMU's CPU model and features")
+	f.StringVar(&c.CPU, "cpu", "", "the emulator's CPU model (and QEMU's features; default "+host.DefaultCPU+")")
 	f.StringVar(&c.Append, "append", "", "more for the kernel's command line")
 	return cmd
 }
