@@ -19,9 +19,11 @@ import (
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/boot"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/guest"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/tinyvm"
 )
 
 func TestMain(m *testing.M) {
+	tinyvm.Main()
 	if role := os.Getenv(roleEnv); role != "" {
 		os.Exit(playRole(role))
 	}
