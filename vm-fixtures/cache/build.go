@@ -99,6 +99,9 @@ func bootstrap(ctx context.Context, dir string, suite Suite, log *slog.Logger) e
 		args = append(args, "--dpkgopt=path-exclude=/usr/share/"+unneeded+"/*")
 	}
 	args = append(args, options...)
+	for _, o := range suite.AptOptions {
+		args = append(args, "--aptopt="+o)
+	}
 	// An initramfs of the package's own is never booted.
 	args = append(args, "--customize-hook=rm -f \"$1\"/boot/initrd.img-*")
 	args = append(args, suite.Name, dir)

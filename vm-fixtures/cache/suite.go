@@ -18,22 +18,52 @@ type Suite struct {
 	// Pockets are the further suites that the archive keeps beside Name;
 	// "-security" lies on an archive of its own.
 	Pockets []string
+	// AptOptions are apt.conf(5) lines for the making of the root.
+	AptOptions []string `json:",omitempty"`
 	// HostModules are what the emulated host needs to find its root file
 	// system, GuestModules what a guest needs to talk to its owner, both in
-	// load order. Those built in, or unknown to this kernel, are left out.
+	// load order. Those built in are left out.
 	HostModules, GuestModules []string
 }
 
+var (
+	packages = []string{
+		"linux-image-cloud-amd64", "linux-headers-cloud-amd64",
+		"qemu-system-x86", "kmod", "make", "busybox-static", "procps",
+	}
+	hostModules = []string{
+		"virtio_pci", "virtio_blk", "virtio_console", // what QEMU has
+		"ata_piix", "sd_mod", // what Bochs has
+		"squashfs", "overlay",
+	}
+	guestModules = []string{"virtio_mmio", "virtio_console", "msr"}
+)
+
 var suites = []Suite{
 	{
-		Name: "bookworm",
-		Packages: []string{
-			"linux-image-cloud-amd64", "linux-headers-cloud-amd64",
-			"qemu-system-x86", "kmod", "make", "busybox-static", "procps",
-		},
+		Name:         "bookworm", // Linux 6.1
+		Packages:     packages,
 		Pockets:      []string{"-updates", "-security"},
-		HostModules:  []string{"virtio_pci", "virtio_blk", "virtio_console", "squashfs", "overlay"},
-		GuestModules: []string{"virtio_mmio", "virtio_console", "msr"},
+		HostModules:  hostModules,
+		GuestModules: guestModules,
+	},
+	{
+		Name: "trixie", // Linux 6.12
+		// Kbuild checks comments by scripts/kernel-doc, for which perl-base
+		// lacks Pod::Usage.
+		Packages:     slices.Concat(packages, []string{"perl"}),
+		Pockets:      []string{"-updates", "-security"},
+		HostModules:  hostModules,
+		GuestModules: guestModules,
+	},
+	{
+		Name:     "sid", // Linux 7.2
+		Packages: packages,
+		// The Release file of a mirror that is not brought up to date may
+		// have passed its date; it is signed all the same.
+		AptOptions:   []string{`Acquire::Check-Valid-Until "false"`},
+		HostModules:  hostModules,
+		GuestModules: guestModules,
 	},
 }
 

@@ -180,6 +180,7 @@ const script = `
 set -e
 mount --bind "$2" "$1/mnt"
 mount --rbind /dev "$1/dev"
+mount --rbind /proc "$1/proc"
 mount -t tmpfs tmpfs "$1/tmp"
 root=$1 kernel=$3
 shift 3
