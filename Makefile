@@ -9,6 +9,8 @@ KDIR    ?= /lib/modules/$(KERNEL)/build
 PREFIX  ?= /usr/local
 DESTDIR ?=
 UNITS   := $(PREFIX)/lib/systemd/system
+# systemd looks there whatever PREFIX is.
+BOOT    := /usr/lib/modules-load.d/kvmaccess.conf
 
 BIN      := bin
 PROGRAMS := kvmaccess kvmaccessd
@@ -44,6 +46,7 @@ help: ## say what there is
 	@echo
 	@echo 'HOST=here       test, demo: on this machine; it must load modules and have working KVM'
 	@echo 'QUICK=1         bench: a few minutes instead of forty'
+	@echo 'DKMS=1          install: the module by DKMS, for this kernel and each that comes'
 	@echo 'KERNEL, KDIR    kmod, install: for that kernel ($(KERNEL)), by that build directory'
 	@echo 'PREFIX, DESTDIR install: below $$DESTDIR$$PREFIX ($(PREFIX)), by default of this machine'
 	@echo
@@ -65,8 +68,12 @@ build: ## build the programs, static, into bin/
 fixture: deps
 	@go build -trimpath -o $(BIN)/ ./vm-fixtures/cmd/...
 
+.PHONY: check-config
+check-config: ## name the options that the running kernel lacks, and what they are for
+	@kmod/check-config.sh '$(KERNEL)' '$(KDIR)'
+
 .PHONY: kmod
-kmod: ## build the module for the running kernel into bin/
+kmod: check-config ## build the module for the running kernel into bin/
 	@[ -e $(KDIR)/Makefile ] || { \
 		echo "kmod: no headers of kernel $(KERNEL) in $(KDIR): install linux-headers-$(KERNEL)" >&2; exit 1; }
 	@mkdir -p $(dir $(MODULE))src
@@ -103,11 +110,7 @@ bench: build fixture ## measure what monitoring costs; leaves results/overhead
 	go run ./bench/cmd/bench $(if $(QUICK),-quick)
 
 .PHONY: install
-install: ## install what "make" built: module, programs, completions, service
-	@for f in $(MODULE) $(addprefix $(BIN)/,$(PROGRAMS)); do \
-		[ -e $$f ] || { echo "install: $$f is not built: run 'make' first" >&2; exit 1; }; done
-	install -D -m 644 $(MODULE) $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko
-	$(if $(DESTDIR),,depmod $(KERNEL))
+install: built $(if $(DKMS),dkms-install,module-install) ## install what "make" built: module, programs, completions, service
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(BIN)/kvmaccess
 	install -D -t $(DESTDIR)$(PREFIX)/sbin $(BIN)/kvmaccessd
 	@mkdir -p $(DESTDIR)$(UNITS)
@@ -118,11 +121,36 @@ install: ## install what "make" built: module, programs, completions, service
 	$(BIN)/kvmaccess completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/kvmaccess.fish
 	$(if $(DESTDIR),,! [ -d /run/systemd/system ] || systemctl daemon-reload)
 
+.PHONY: built
+built:
+	@for f in $(if $(DKMS),,$(MODULE)) $(addprefix $(BIN)/,$(PROGRAMS)); do \
+		[ -e $$f ] || { echo "install: $$f is not built: run 'make' first" >&2; exit 1; }; done
+
+.PHONY: module-install
+module-install: built
+	@for f in $(DESTDIR)/usr/src/kvmaccess-*; do [ ! -e $$f ] || { \
+		echo "install: DKMS has the module ($$f): run 'make install DKMS=1', or 'make dkms-uninstall' first" >&2; exit 1; }; done
+	install -D -m 644 $(MODULE) $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko
+	install -D -m 644 kmod/modules-load.conf $(DESTDIR)$(BOOT)
+	$(if $(DESTDIR),,depmod $(KERNEL))
+
+.PHONY: dkms-install
+dkms-install: $(if $(DESTDIR),,check-config) ## install the module by DKMS: for this kernel, and each that comes
+	kmod/dkms.sh install "$$(sed -n 's/^.define KVMACCESS_VERSION "\(.*\)"/\1/p' kmod/version.h)" \
+		$(KERNEL) $(if $(filter-out file,$(origin KDIR)),$(KDIR))
+	install -D -m 644 kmod/modules-load.conf $(DESTDIR)$(BOOT)
+
+.PHONY: dkms-uninstall
+dkms-uninstall: ## remove the module that "make dkms-install" installed; one that is loaded stays so
+	kmod/dkms.sh remove
+	rm -f $(DESTDIR)$(BOOT)
+
 .PHONY: uninstall
 uninstall: ## stop the service, unload the module, remove what "make install" installed
 	$(if $(DESTDIR),,! [ -e $(UNITS)/kvmaccessd.service ] || ! [ -d /run/systemd/system ] || systemctl disable --now kvmaccessd)
 	$(if $(DESTDIR),,! grep -q '^kvmaccess ' /proc/modules || rmmod kvmaccess)
-	rm -f $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko
+	kmod/dkms.sh remove
+	rm -f $(DESTDIR)/lib/modules/$(KERNEL)/updates/kvmaccess.ko $(DESTDIR)$(BOOT)
 	$(if $(DESTDIR),,depmod $(KERNEL))
 	rm -f $(DESTDIR)$(PREFIX)/bin/kvmaccess $(DESTDIR)$(PREFIX)/sbin/kvmaccessd \
 		$(DESTDIR)$(UNITS)/kvmaccessd.service \
