@@ -115,8 +115,7 @@ static struct kvm_vcpu *get_vcpu(struct kvmaccess_vm *vm, struct nlattr *attr,
 
 	if (!attr)
 		return ERR_PTR(miss(extack, "the id of the vCPU is missing"));
-	vcpu = nla_get_u32(attr) < KVM_MAX_VCPU_IDS ?
-	       kvm_get_vcpu_by_id(vm->kvm, nla_get_u32(attr)) : NULL;
+	vcpu = kvmaccess_vm_vcpu(vm, nla_get_u32(attr));
 	if (!vcpu) {
 		NL_SET_ERR_MSG_ATTR(extack, attr, "the VM has no vCPU with this id");
 		return ERR_PTR(-ENXIO);
@@ -239,15 +238,14 @@ static int info_doit(struct sk_buff *skb, struct genl_info *info)
 
 /* VM_GET, and the events */
 
-static int vm_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
-		   const struct kvmaccess_vm_info *info)
+static int vm_fill(struct sk_buff *skb, const struct kvmaccess_vm_info *info)
 {
-	if (put_u64(skb, KVMACCESS_A_VM_ID, vm->id) ||
-	    nla_put_u32(skb, KVMACCESS_A_VM_PID, READ_ONCE(vm->pid)) ||
+	if (put_u64(skb, KVMACCESS_A_VM_ID, info->id) ||
+	    nla_put_u32(skb, KVMACCESS_A_VM_PID, info->pid) ||
 	    nla_put_u32(skb, KVMACCESS_A_VM_VCPUS, info->vcpus) ||
 	    nla_put_u32(skb, KVMACCESS_A_VM_MEMSLOTS, info->memslots) ||
 	    put_u64(skb, KVMACCESS_A_VM_MEMORY, info->memory) ||
-	    put_u64(skb, KVMACCESS_A_VM_SEEN, vm->seen) ||
+	    put_u64(skb, KVMACCESS_A_VM_SEEN, info->seen) ||
 	    nla_put_u32(skb, KVMACCESS_A_VM_FLAGS, info->flags))
 		return -EMSGSIZE;
 	return 0;
@@ -258,7 +256,7 @@ static int vm_fill_held(struct sk_buff *skb, struct kvmaccess_vm *vm)
 	struct kvmaccess_vm_info info;
 
 	kvmaccess_vm_info(vm, &info);
-	return vm_fill(skb, vm, &info);
+	return vm_fill(skb, &info);
 }
 
 static int vm_doit(struct sk_buff *skb, struct genl_info *info)
@@ -281,7 +279,7 @@ static int vm_doit(struct sk_buff *skb, struct genl_info *info)
  */
 void kvmaccess_netlink_event(struct kvmaccess_vm *vm, enum kvmaccess_cmd cmd)
 {
-	struct kvmaccess_vm_info info = {};
+	struct kvmaccess_vm_info info;
 	struct sk_buff *skb;
 	void *head;
 
@@ -296,7 +294,9 @@ void kvmaccess_netlink_event(struct kvmaccess_vm *vm, enum kvmaccess_cmd cmd)
 		goto lost;
 	if (cmd == KVMACCESS_CMD_VM_CREATED)
 		kvmaccess_vm_info(vm, &info);
-	if (vm_fill(skb, vm, &info))
+	else
+		kvmaccess_vm_identify(vm, &info);
+	if (vm_fill(skb, &info))
 		goto lost;
 	genlmsg_end(skb, head);
 	genlmsg_multicast(&family, skb, 0, 0, GFP_KERNEL);

@@ -11,8 +11,11 @@
  * whatever is read in an interrupt on the CPU that was the vCPU's home before
  * *and* after the reading was its state at that instant.
  *
- * Out of guest mode KVM may be in the middle of emulating an instruction
- * whose effects it writes one by one; the condition says when that can be.
+ * Out of guest mode KVM may be in the middle of carrying out an instruction
+ * for the guest, whose effects it writes one by one: an instant then, but not
+ * one that the guest ever had. Nothing in a vCPU says so, so wherever that can
+ * be the state is marked as unsettled. On a CPU it passes within microseconds,
+ * and the vCPU is looked at again, a few times.
  */
 #include <linux/cpu.h>
 #include <linux/kallsyms.h>
@@ -22,6 +25,7 @@
 #include <linux/timekeeping.h>
 
 #include "account.h"
+#include "btf.h"
 #include "compat.h"
 #include "ksyms.h"
 #include "vcpu.h"
@@ -30,11 +34,15 @@
 /* A vCPU that changes its CPU more often than this within a capture: EAGAIN. */
 #define CAPTURE_ATTEMPTS 32
 
+/* A vCPU that is met in the host part of KVM_RUN more often is given so. */
+#define SETTLE_ATTEMPTS 8
+
 struct capture {
 	struct kvm_vcpu *vcpu;
 	struct kvmaccess_vcpu_state *state;
 	const struct kvmaccess_vcpu_vendor *vendor;
 	struct task_struct *requester;
+	bool loaded;
 	u32 interrupts;
 	u64 interrupt;
 	int err;
@@ -59,6 +67,30 @@ static const u32 msrs[KVMACCESS_MSR_NUM] = {
 static DEFINE_MUTEX(vendor_mutex);
 static const struct kvmaccess_vcpu_vendor *vendor;
 
+/* The emulator's own copy of the general registers. */
+static struct {
+	bool known;
+	u32 regs;	/* struct x86_emulate_ctxt: _regs, unsigned long each */
+	u32 dirty;	/* struct x86_emulate_ctxt: regs_dirty, their bitmap */
+} emulator;
+
+static void emulator_init(void)
+{
+	struct kvmaccess_btf *btf = kvmaccess_btf_open("kvm");
+
+	if (IS_ERR(btf))
+		btf = kvmaccess_btf_open(NULL);	/* KVM built in */
+	if (!IS_ERR(btf)) {
+		emulator.known =
+			!kvmaccess_btf_member(btf, "x86_emulate_ctxt", "_regs", &emulator.regs) &&
+			!kvmaccess_btf_member(btf, "x86_emulate_ctxt", "regs_dirty",
+					      &emulator.dirty);
+		kvmaccess_btf_close(btf);
+	}
+	if (!emulator.known)
+		kvmaccess_ksyms_miss("layout of struct x86_emulate_ctxt");
+}
+
 /*
  * kvm-amd and kvm-intel may come later than this module, so this is tried
  * until it succeeds. Their layouts are those of the running kernel and stay
@@ -66,7 +98,7 @@ static const struct kvmaccess_vcpu_vendor *vendor;
  */
 const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void)
 {
-	const struct kvmaccess_vcpu_vendor *v = READ_ONCE(vendor);
+	const struct kvmaccess_vcpu_vendor *v = smp_load_acquire(&vendor);
 	char symbol[KSYM_SYMBOL_LEN];
 	unsigned long get_msr;
 	unsigned int i;
@@ -82,8 +114,11 @@ const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void)
 			v = vendors[i];
 			if (!strstr(symbol, v->module) && !strstarts(symbol, v->prefix))
 				continue;
-			if (!v->init())
-				WRITE_ONCE(vendor, v);
+			if (!v->init()) {
+				emulator_init();
+				/* All that the two found, before anybody sees it. */
+				smp_store_release(&vendor, v);
+			}
 			break;
 		}
 	}
@@ -114,6 +149,27 @@ static enum kvmaccess_condition condition_of(struct kvm_vcpu *vcpu, bool loaded)
 					       KVMACCESS_CONDITION_USER;
 }
 
+/*
+ * Input or output of an instruction is being done by the VMM. What the
+ * emulator changed so far is in its copy, which nobody touches until the vCPU
+ * is loaded again; see __get_regs() of KVM.
+ */
+static void read_emulated(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+{
+	const void *ctxt = READ_ONCE(vcpu->arch.emulate_ctxt);
+	const unsigned long *regs = ctxt + emulator.regs;
+	unsigned int i;
+	u16 dirty;
+
+	if (!emulator.known || !ctxt)
+		return;
+	dirty = READ_ONCE(*(const u16 *)(ctxt + emulator.dirty));
+	for (i = 0; i < ARRAY_SIZE(s->gpr); i++) {
+		if (dirty & BIT(i))
+			s->gpr[i] = regs[i];
+	}
+}
+
 static int read_state(struct capture *c, bool loaded)
 {
 	struct kvmaccess_vcpu_state *s = c->state;
@@ -124,8 +180,12 @@ static int read_state(struct capture *c, bool loaded)
 	BUILD_BUG_ON(VCPU_REGS_R15 + 1 != ARRAY_SIZE(s->gpr));
 	BUILD_BUG_ON(VCPU_SREG_LDTR + 1 != ARRAY_SIZE(s->segment));
 
+	c->loaded = loaded;
 	s->condition = condition_of(vcpu, loaded);
 	s->flags = 0;
+	if (s->condition == KVMACCESS_CONDITION_HOST ||
+	    s->condition == KVMACCESS_CONDITION_PREEMPTED)
+		s->flags |= KVMACCESS_VCPU_F_UNSETTLED;
 	if (vcpu->arch.hflags & HF_GUEST_MASK)
 		s->flags |= KVMACCESS_VCPU_F_NESTED;
 	s->as_id = kvm_arch_vcpu_memslots_id(vcpu);
@@ -148,9 +208,12 @@ static int read_state(struct capture *c, bool loaded)
 	s->pat = vcpu->arch.pat;
 
 	err = c->vendor->read(vcpu, s);
-	if (!err)
-		s->time = ktime_get_ns();
-	return err;
+	if (err)
+		return err;
+	if (!loaded && s->flags & KVMACCESS_VCPU_F_EMULATING)
+		read_emulated(vcpu, s);
+	s->time = ktime_get_ns();
+	return 0;
 }
 
 /* For the vendors: MSRs that KVM gives without side effects on @vcpu's home. */
@@ -251,6 +314,10 @@ static int capture_by_loading(struct capture *c)
 	c->state->condition = READ_ONCE(vcpu->arch.last_vmentry_cpu) == -1 ?
 			      KVMACCESS_CONDITION_NEW : KVMACCESS_CONDITION_USER;
 	c->state->method = KVMACCESS_METHOD_LOADED;
+	c->state->flags &= ~KVMACCESS_VCPU_F_UNSETTLED;
+	c->loaded = false;
+	if (!c->err && c->state->flags & KVMACCESS_VCPU_F_EMULATING)
+		read_emulated(vcpu, c->state);
 	local_irq_enable();
 	kvmaccess_ksyms_call(kvmaccess_ksyms.vcpu_put, vcpu);
 	mutex_unlock(&vcpu->mutex);
@@ -295,6 +362,8 @@ int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 		.requester = current,
 	};
 	u64 start = ktime_get_ns();
+	unsigned int host = 0;
+	bool again;
 	int err;
 
 	if (!c.vendor) {
@@ -310,7 +379,10 @@ int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 	state->retries = 0;
 	do {
 		err = capture_once(&c);
-	} while (err == -EAGAIN && ++state->retries < CAPTURE_ATTEMPTS);
+		again = err == -EAGAIN;
+		if (!err && c.loaded && state->flags & KVMACCESS_VCPU_F_UNSETTLED)
+			again = ++host < SETTLE_ATTEMPTS;
+	} while (again && ++state->retries < CAPTURE_ATTEMPTS);
 
 	kvmaccess_account_capture(&vm->account, state->retries, c.interrupts,
 				  c.interrupt);

@@ -4,51 +4,10 @@
 
 #include <linux/kvm_host.h>
 
-#include "uapi/kvmaccess.h"
+#include "api.h"
 
 struct kvmaccess_vm;
 struct netlink_ext_ack;
-
-enum kvmaccess_msr {
-	KVMACCESS_MSR_STAR,
-	KVMACCESS_MSR_LSTAR,
-	KVMACCESS_MSR_CSTAR,
-	KVMACCESS_MSR_SFMASK,
-	KVMACCESS_MSR_SYSENTER_CS,
-	KVMACCESS_MSR_SYSENTER_ESP,
-	KVMACCESS_MSR_SYSENTER_EIP,
-	KVMACCESS_MSR_KERNEL_GS_BASE,
-
-	KVMACCESS_MSR_NUM
-};
-
-struct kvmaccess_vcpu_state {
-	/* How it was taken. */
-	enum kvmaccess_condition condition;
-	enum kvmaccess_method method;
-	int cpu;
-	pid_t tid;
-	u32 retries;
-	u32 flags;
-	u64 time;
-	u64 duration;
-	u64 handler;
-
-	/* What the vCPU had. */
-	u32 as_id;
-	u32 cpl;
-	unsigned long gpr[16];	/* by VCPU_REGS_* */
-	unsigned long rip;
-	unsigned long rflags;
-	unsigned long cr0, cr2, cr3, cr4, cr8;
-	u64 efer;
-	struct kvm_segment segment[8];	/* by VCPU_SREG_* */
-	struct desc_ptr gdt;
-	struct desc_ptr idt;
-	unsigned long db[4], dr6, dr7;
-	u64 msr[KVMACCESS_MSR_NUM];
-	u64 pat;
-};
 
 /* What differs between SVM and VMX. */
 struct kvmaccess_vcpu_vendor {

@@ -32,6 +32,7 @@
 #include "compat.h"
 #include "ksyms.h"
 #include "netlink.h"
+#include "notify.h"
 #include "vm.h"
 
 static DEFINE_MUTEX(vms_mutex);
@@ -43,6 +44,7 @@ static u32 generation = 1;
 static bool announcing;
 static bool stopped;
 static bool has_create_probe;
+static LIST_HEAD(to_notify);	/* entries with events pending, each with a reference */
 
 static struct workqueue_struct *wq;
 
@@ -153,6 +155,70 @@ static void find_pid(struct kvmaccess_vm *vm)
 }
 
 /*
+ * Other modules are told in a work item of their own: they may ask about the
+ * VM in turn, which takes vms_mutex.
+ */
+static void notify_work_fn(struct work_struct *work)
+{
+	struct kvmaccess_vm_info info;
+	struct kvmaccess_vm *vm;
+	unsigned int pending;
+	bool held;
+
+	for (;;) {
+		mutex_lock(&vms_mutex);
+		vm = list_first_entry_or_null(&to_notify, struct kvmaccess_vm, notify);
+		if (!vm) {
+			mutex_unlock(&vms_mutex);
+			return;
+		}
+		/* From here on it may be put on the list again. */
+		list_del(&vm->notify);
+		pending = vm->pending;
+		vm->pending = 0;
+		held = pending & BIT(KVMACCESS_CMD_VM_CREATED) &&
+		       !READ_ONCE(vm->gone) && hold(vm);
+		mutex_unlock(&vms_mutex);
+
+		if (pending & BIT(KVMACCESS_CMD_VM_CREATED)) {
+			if (held) {
+				kvmaccess_vm_info(vm, &info);
+				kvmaccess_vm_put(vm);
+			} else {
+				kvmaccess_vm_identify(vm, &info);
+			}
+			kvmaccess_notify(KVMACCESS_CMD_VM_CREATED, &info);
+		}
+		if (pending & BIT(KVMACCESS_CMD_VM_DESTROYED)) {
+			kvmaccess_vm_identify(vm, &info);
+			kvmaccess_notify(KVMACCESS_CMD_VM_DESTROYED, &info);
+		}
+		free_entry(vm);
+	}
+}
+
+static DECLARE_WORK(notify_work, notify_work_fn);
+
+/* @vm is held if it has been created, and is not if it has been destroyed. */
+static void announce(struct kvmaccess_vm *vm, enum kvmaccess_cmd cmd)
+{
+	lockdep_assert_held(&vms_mutex);
+
+	if (!announcing)
+		return;
+	kvmaccess_netlink_event(vm, cmd);
+
+	if (!kvmaccess_notify_wanted())
+		return;
+	if (!vm->pending) {
+		refcount_inc(&vm->refs);
+		list_add_tail(&vm->notify, &to_notify);
+	}
+	vm->pending |= BIT(cmd);
+	queue_work(wq, &notify_work);
+}
+
+/*
  * Bring the entries in line with vm_list. kvm_lock is taken by the shrinker
  * of KVM's page tables, so nothing may be allocated under it: the walk starts
  * again whenever it needs another entry, once for each new VM.
@@ -205,8 +271,7 @@ static void walk(void)
 			generation++;
 			if (hold(vm)) {
 				find_pid(vm);
-				if (announcing)
-					kvmaccess_netlink_event(vm, KVMACCESS_CMD_VM_CREATED);
+				announce(vm, KVMACCESS_CMD_VM_CREATED);
 				kvmaccess_vm_put(vm);
 			}
 		}
@@ -216,8 +281,7 @@ static void walk(void)
 		generation++;
 		hash_del_rcu(&vm->hash);
 		list_del(&vm->list);
-		if (announcing)
-			kvmaccess_netlink_event(vm, KVMACCESS_CMD_VM_DESTROYED);
+		announce(vm, KVMACCESS_CMD_VM_DESTROYED);
 		free_entry(vm);
 	}
 }
@@ -354,6 +418,22 @@ void kvmaccess_vm_put(struct kvmaccess_vm *vm)
 	release(vm);
 }
 
+/* What an entry knows by itself. */
+void kvmaccess_vm_identify(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info)
+{
+	*info = (struct kvmaccess_vm_info){
+		.id = vm->id,
+		.seen = vm->seen,
+		.pid = READ_ONCE(vm->pid),
+	};
+}
+
+/* A vCPU of @vm, which is held and keeps it; NULL if there is none. */
+struct kvm_vcpu *kvmaccess_vm_vcpu(struct kvmaccess_vm *vm, u32 id)
+{
+	return id < KVM_MAX_VCPU_IDS ? kvm_get_vcpu_by_id(vm->kvm, id) : NULL;
+}
+
 /* @vm is held. */
 void kvmaccess_vm_info(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info)
 {
@@ -364,10 +444,9 @@ void kvmaccess_vm_info(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info)
 	unsigned long i;
 	int as, idx;
 
-	memset(info, 0, sizeof(*info));
-
 	if (!READ_ONCE(vm->pid))
 		find_pid(vm);
+	kvmaccess_vm_identify(vm, info);
 
 	kvm_for_each_vcpu(i, vcpu, kvm) {
 		info->vcpus++;
@@ -411,13 +490,15 @@ void kvmaccess_vm_stop(void)
 	cancel_work_sync(&walk_work);
 }
 
-/* Nobody holds a VM any more. */
-
+/*
+ * Nobody holds a VM any more. Nobody is to be notified either: who wants to be
+ * uses this module's symbols, and it could not be unloaded.
+ */
 void kvmaccess_vm_exit(void)
 {
 	struct kvmaccess_vm *vm, *next;
 
-	/* The last references that requests dropped. */
+	/* The last references that requests dropped; the last notifications. */
 	destroy_workqueue(wq);
 	list_for_each_entry_safe(vm, next, &vms, list)
 		free_entry(vm);

@@ -8,6 +8,7 @@
 #include <linux/workqueue.h>
 
 #include "account.h"
+#include "api.h"
 
 struct netlink_ext_ack;
 
@@ -24,20 +25,14 @@ struct kvmaccess_vm {
 	refcount_t refs;
 	bool gone;
 	bool fresh;
+	unsigned int pending;	/* events to tell other modules, by BIT(cmd) */
+	struct list_head notify;
 	pid_t pid;
 	u64 id;
 	u64 seen;
 	u64 walk;
 	struct kvm *kvm;
 	struct kvmaccess_account account;
-};
-
-/* What VM_GET and the events say of a VM. */
-struct kvmaccess_vm_info {
-	u32 vcpus;
-	u32 memslots;
-	u64 memory;
-	u32 flags;
 };
 
 int __init kvmaccess_vm_init(void);
@@ -52,5 +47,7 @@ struct kvmaccess_vm * __must_check kvmaccess_vm_get_next(u64 after);
 void kvmaccess_vm_put(struct kvmaccess_vm *vm);
 u32 kvmaccess_vm_generation(void);
 void kvmaccess_vm_info(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info);
+void kvmaccess_vm_identify(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info);
+struct kvm_vcpu *kvmaccess_vm_vcpu(struct kvmaccess_vm *vm, u32 id);
 
 #endif /* _KVMACCESS_VM_H */

@@ -152,7 +152,13 @@ enum kvmaccess_a_memslot {
 	KVMACCESS_A_MEMSLOT_MAX = __KVMACCESS_A_MEMSLOT_MAX - 1
 };
 
-/* Where a vCPU was when its state was taken. */
+/*
+ * Where a vCPU was when its state was taken. All registers are of one instant.
+ * In HOST and PREEMPTED KVM itself may be carrying out the instruction that
+ * the guest left off at, and writes its results one by one: that instant is
+ * then no boundary between two instructions, and UNSETTLED is set. A vCPU on a
+ * CPU is looked at several times before it is given as HOST.
+ */
 enum kvmaccess_condition {
 	KVMACCESS_CONDITION_UNKNOWN,
 	KVMACCESS_CONDITION_GUEST,	/* executing guest code until the capture's interrupt */
@@ -172,11 +178,16 @@ enum kvmaccess_method {
 	KVMACCESS_METHOD_LOADED,	/* by loading the vCPU: its last CPU is offline */
 };
 
-/* Bits of KVMACCESS_A_VCPU_FLAGS. */
+/*
+ * Bits of KVMACCESS_A_VCPU_FLAGS. With EMULATING, KVM waits for the VMM to do
+ * the input or output of an instruction; the general registers are those that
+ * KVM_GET_REGS would give.
+ */
 enum kvmaccess_vcpu_flag {
 	KVMACCESS_VCPU_F_NESTED		= 1 << 0,	/* the state is a nested guest's (L2) */
 	KVMACCESS_VCPU_F_SMM		= 1 << 1,	/* in system management mode */
 	KVMACCESS_VCPU_F_EMULATING	= 1 << 2,	/* amid an instruction in user space */
+	KVMACCESS_VCPU_F_UNSETTLED	= 1 << 3,	/* KVM may be amid an instruction */
 };
 
 /*

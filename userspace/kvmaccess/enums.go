@@ -135,9 +135,10 @@ const (
 	VCPUNested    VCPUFlags = 1 << iota // the state is that of a nested guest (L2)
 	VCPUSMM                             // in system management mode
 	VCPUEmulating                       // user space is completing an instruction
+	VCPUUnsettled                       // KVM may be amid an instruction: see ConditionHost
 )
 
-var vcpuFlagNames = []string{"nested", "smm", "emulating"}
+var vcpuFlagNames = []string{"nested", "smm", "emulating", "unsettled"}
 
 // String returns the names of the bits, separated by commas.
 func (f VCPUFlags) String() string { return flagsString(uint32(f), vcpuFlagNames) }

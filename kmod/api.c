@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The functions of api.h, for other modules. Nothing is held for a caller
+ * between two calls, so none can delay a VM's destruction but by a call that
+ * is under way.
+ */
+#include <linux/export.h>
+#include <linux/slab.h>
+#include <linux/timekeeping.h>
+
+#include "account.h"
+#include "api.h"
+#include "memory.h"
+#include "notify.h"
+#include "vcpu.h"
+#include "vm.h"
+
+static BLOCKING_NOTIFIER_HEAD(chain);
+
+/* Whether anybody would hear; one who registers right now did so too late. */
+bool kvmaccess_notify_wanted(void)
+{
+	return rcu_access_pointer(chain.head);
+}
+
+void kvmaccess_notify(enum kvmaccess_cmd cmd, struct kvmaccess_vm_info *info)
+{
+	blocking_notifier_call_chain(&chain, cmd, info);
+}
+
+int kvmaccess_register_notifier(struct notifier_block *nb)
+{
+	return blocking_notifier_chain_register(&chain, nb);
+}
+EXPORT_SYMBOL_GPL(kvmaccess_register_notifier);
+
+int kvmaccess_unregister_notifier(struct notifier_block *nb)
+{
+	return blocking_notifier_chain_unregister(&chain, nb);
+}
+EXPORT_SYMBOL_GPL(kvmaccess_unregister_notifier);
+
+int kvmaccess_walk_vms(int (*fn)(const struct kvmaccess_vm_info *vm, void *arg),
+		       void *arg)
+{
+	struct kvmaccess_vm_info info = {};
+	struct kvmaccess_vm *vm;
+	int err = 0;
+
+	while (!err) {
+		u64 start = ktime_get_ns();
+
+		vm = kvmaccess_vm_get_next(info.id);
+		if (IS_ERR_OR_NULL(vm))
+			return PTR_ERR_OR_ZERO(vm);
+		kvmaccess_vm_info(vm, &info);
+		kvmaccess_account_op(&vm->account, KVMACCESS_CMD_VM_GET, start, 0, 0);
+		err = fn(&info, arg);
+		kvmaccess_vm_put(vm);
+	}
+	return err;
+}
+EXPORT_SYMBOL_GPL(kvmaccess_walk_vms);
+
+static int capture(struct kvmaccess_vm *vm, u32 id, struct kvmaccess_vcpu_state *state)
+{
+	struct kvm_vcpu *vcpu = kvmaccess_vm_vcpu(vm, id);
+
+	return vcpu ? kvmaccess_vcpu_capture(vm, vcpu, state, NULL) : -ENXIO;
+}
+
+int kvmaccess_read_vcpu(u64 id, u32 vcpu, struct kvmaccess_vcpu_state *state)
+{
+	u64 start = ktime_get_ns();
+	struct kvmaccess_vm *vm = kvmaccess_vm_get(id, NULL);
+	int err;
+
+	if (IS_ERR(vm)) {
+		kvmaccess_account_op(NULL, KVMACCESS_CMD_VCPU_GET, start, PTR_ERR(vm), 0);
+		return PTR_ERR(vm);
+	}
+	err = capture(vm, vcpu, state);
+	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_VCPU_GET, start, err, 0);
+	kvmaccess_vm_put(vm);
+	return err;
+}
+EXPORT_SYMBOL_GPL(kvmaccess_read_vcpu);
+
+struct read {
+	const struct kvmaccess_paging *paging;	/* NULL: guest-physical */
+	u64 address;
+	u32 len;
+	void *to;
+};
+
+static int read_part(struct kvmaccess_memory *memory, void *arg)
+{
+	const struct read *r = arg;
+
+	return r->paging ?
+	       kvmaccess_memory_read_virtual(memory, r->paging, r->address, r->to, r->len) :
+	       kvmaccess_memory_read(memory, r->address, r->to, r->len);
+}
+
+/* In parts: no caller keeps the one worker from the others for long. */
+static int read(struct kvmaccess_vm *vm, u32 as_id,
+		const struct kvmaccess_paging *paging, u64 address, void *to, u32 len)
+{
+	struct read r = { .paging = paging, .address = address, .to = to };
+	int err;
+
+	for (; len; len -= r.len, r.address += r.len, r.to += r.len) {
+		r.len = min_t(u32, len, KVMACCESS_MAX_BYTES);
+		err = kvmaccess_memory_run(vm, as_id, read_part, &r);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
+int kvmaccess_read_physical(u64 id, u64 gpa, void *to, u32 len)
+{
+	u64 start = ktime_get_ns();
+	struct kvmaccess_vm *vm;
+	int err;
+
+	if (!len || gpa + len - 1 < gpa)
+		return -EINVAL;
+	vm = kvmaccess_vm_get(id, NULL);
+	if (IS_ERR(vm)) {
+		kvmaccess_account_op(NULL, KVMACCESS_CMD_MEM_READ, start, PTR_ERR(vm), 0);
+		return PTR_ERR(vm);
+	}
+	err = read(vm, 0, NULL, gpa, to, len);
+	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_MEM_READ, start, err, err ? 0 : len);
+	kvmaccess_vm_put(vm);
+	return err;
+}
+EXPORT_SYMBOL_GPL(kvmaccess_read_physical);
+
+static int read_virtual(struct kvmaccess_vm *vm, u32 vcpu, u64 root, u64 gva,
+			void *to, u32 len)
+{
+	struct kvmaccess_vcpu_state *state;
+	struct kvmaccess_paging paging;
+	u32 as_id;
+	int err;
+
+	state = kmalloc(sizeof(*state), GFP_KERNEL);
+	if (!state)
+		return -ENOMEM;
+	err = capture(vm, vcpu, state);
+	/* The page tables of a nested guest lead to addresses of its own. */
+	if (!err && state->flags & KVMACCESS_VCPU_F_NESTED)
+		err = -EAGAIN;
+	if (!err) {
+		kvmaccess_memory_paging(state, &paging);
+		as_id = state->as_id;
+	}
+	kfree(state);
+	if (err)
+		return err;
+
+	if (root != KVMACCESS_ROOT_OF_VCPU)
+		paging.root = root;
+	if (!kvmaccess_memory_is_canonical(&paging, gva, len))
+		return -EINVAL;
+	return read(vm, as_id, &paging, gva, to, len);
+}
+
+int kvmaccess_read_virtual(u64 id, u32 vcpu, u64 root, u64 gva, void *to, u32 len)
+{
+	u64 start = ktime_get_ns();
+	struct kvmaccess_vm *vm;
+	int err;
+
+	if (!len)
+		return -EINVAL;
+	vm = kvmaccess_vm_get(id, NULL);
+	if (IS_ERR(vm)) {
+		kvmaccess_account_op(NULL, KVMACCESS_CMD_MEM_READ, start, PTR_ERR(vm), 0);
+		return PTR_ERR(vm);
+	}
+	err = read_virtual(vm, vcpu, root, gva, to, len);
+	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_MEM_READ, start, err, err ? 0 : len);
+	kvmaccess_vm_put(vm);
+	return err;
+}
+EXPORT_SYMBOL_GPL(kvmaccess_read_virtual);
