@@ -119,12 +119,12 @@ func archiveLines(sources []aptSource, release string, suite Suite) []string {
 			lines = append(lines, fmt.Sprintf("deb %s %s main", uri, wanted))
 		}
 	}
-	add(release, suite.Name)
+	add(release, suite.release())
 	if len(lines) == 0 {
 		return nil
 	}
 	for _, pocket := range suite.Pockets {
-		add(release+pocket, suite.Name+pocket)
+		add(release+pocket, suite.release()+pocket)
 	}
 	return lines
 }

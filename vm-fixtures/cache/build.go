@@ -34,16 +34,24 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 	if len(kernels) != 1 {
 		return nil, fmt.Errorf("%d kernels in the root, want one: %v", len(kernels), kernels)
 	}
-	m := &manifest{
-		Kernel: filepath.Base(kernels[0])[len("vmlinuz-"):],
-		Files:  map[string]Digest{},
+	stock := filepath.Base(kernels[0])[len("vmlinuz-"):]
+	m := &manifest{Kernel: stock, Files: map[string]Digest{}}
+	images := map[string]string{kernelName: kernels[0]}
+	if suite.Kernel != nil {
+		m.Guest = stock
+		images[guestKernelName] = kernels[0]
+		if images[kernelName], m.Kernel, err = installKernel(ctx, tree, suite, log); err != nil {
+			return nil, err
+		}
 	}
-	kernel, err := os.ReadFile(kernels[0])
-	if err != nil {
-		return nil, err
-	}
-	if err := os.WriteFile(filepath.Join(dir, kernelName), kernel, 0o644); err != nil {
-		return nil, err
+	for name, from := range images {
+		image, err := os.ReadFile(from)
+		if err != nil {
+			return nil, err
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), image, 0o644); err != nil {
+			return nil, err
+		}
 	}
 
 	host, err := moduleRecords(tree, m.Kernel, suite.HostModules)
@@ -53,7 +61,7 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 	if err := WriteInitramfs(filepath.Join(dir, hostName), host); err != nil {
 		return nil, err
 	}
-	guest, err := moduleRecords(tree, m.Kernel, suite.GuestModules)
+	guest, err := moduleRecords(tree, stock, suite.GuestModules)
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +80,7 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 	if err := run(ctx, "mksquashfs", tree, filepath.Join(dir, imageName), "-comp", "lz4", "-no-progress", "-quiet"); err != nil {
 		return nil, err
 	}
-	for _, name := range []string{imageName, kernelName, hostName, guestName} {
+	for _, name := range suite.artifacts() {
 		if m.Files[name], err = DigestFile(filepath.Join(dir, name)); err != nil {
 			return nil, err
 		}
@@ -104,7 +112,7 @@ func bootstrap(ctx context.Context, dir string, suite Suite, log *slog.Logger) e
 	}
 	// An initramfs of the package's own is never booted.
 	args = append(args, "--customize-hook=rm -f \"$1\"/boot/initrd.img-*")
-	args = append(args, suite.Name, dir)
+	args = append(args, suite.release(), dir)
 	args = append(args, archiveLines(sources, osRelease(), suite)...)
 
 	stop := progress(log, "installing packages into the root", "suite", suite.Name, "packages", len(suite.Packages))

@@ -32,17 +32,28 @@ const recipe = 1
 
 // Names of the artifacts in a root's directory.
 const (
-	imageName    = "root.squashfs"
-	kernelName   = "vmlinuz"
-	hostName     = "host.cpio"
-	guestName    = "guest.cpio"
-	treeName     = "root"
-	manifestName = "manifest.json"
+	imageName       = "root.squashfs"
+	kernelName      = "vmlinuz"
+	guestKernelName = "vmlinuz.guest" // where it is not the host's
+	hostName        = "host.cpio"
+	guestName       = "guest.cpio"
+	treeName        = "root"
+	manifestName    = "manifest.json"
 )
+
+// artifacts are the files of a suite's root.
+func (s Suite) artifacts() []string {
+	names := []string{imageName, kernelName, hostName, guestName}
+	if s.Kernel != nil {
+		names = append(names, guestKernelName)
+	}
+	return names
+}
 
 // manifest is the stamp of a completed root.
 type manifest struct {
-	Kernel string            `json:"kernel"` // release, as uname -r says
+	Kernel string            `json:"kernel"`          // release, as uname -r says
+	Guest  string            `json:"guest,omitempty"` // that of the guests, if it is another
 	Files  map[string]Digest `json:"files"`
 	Tree   Digest            `json:"tree"`
 }
@@ -51,7 +62,8 @@ type manifest struct {
 // rebuilds it.
 type Root struct {
 	Suite  Suite
-	Kernel string // release of its kernel, as uname -r says
+	Kernel string // release of the hosts' kernel, as uname -r says
+	Guest  string // release of the guests'
 	dir    string
 	lock   *lock
 	tree   Digest
@@ -132,8 +144,16 @@ func (r *Root) Close() error { return r.lock.Close() }
 // Image is the root file system as a squashfs image.
 func (r *Root) Image() string { return filepath.Join(r.dir, imageName) }
 
-// Vmlinuz is the kernel, of hosts and guests alike.
+// Vmlinuz is the hosts' kernel.
 func (r *Root) Vmlinuz() string { return filepath.Join(r.dir, kernelName) }
+
+// GuestVmlinuz is the guests' kernel, always the suite's stock one.
+func (r *Root) GuestVmlinuz() string {
+	if r.Suite.Kernel != nil {
+		return filepath.Join(r.dir, guestKernelName)
+	}
+	return r.Vmlinuz()
+}
 
 // HostInitramfs is a cpio archive with the modules that a host needs for its
 // root file system, and ModuleList naming them. It lacks an init.
@@ -178,7 +198,7 @@ func (r *Root) verify() error {
 	if s.Recipe != r.Suite.key() {
 		return errors.New("it was made by another recipe")
 	}
-	for _, name := range []string{imageName, kernelName, hostName, guestName} {
+	for _, name := range r.Suite.artifacts() {
 		want, ok := s.Files[name]
 		if !ok {
 			return fmt.Errorf("%s: not in the manifest", name)
@@ -191,7 +211,10 @@ func (r *Root) verify() error {
 			return fmt.Errorf("%s: %d bytes, sha256 %s; was %d bytes, %s", name, got.Size, got.SHA256, want.Size, want.SHA256)
 		}
 	}
-	r.Kernel, r.tree, r.image = s.Kernel, s.Tree, s.Files[imageName]
+	r.Kernel, r.Guest, r.tree, r.image = s.Kernel, s.Guest, s.Tree, s.Files[imageName]
+	if r.Guest == "" {
+		r.Guest = r.Kernel
+	}
 	return nil
 }
 

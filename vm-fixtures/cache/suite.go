@@ -10,8 +10,12 @@ import (
 
 // Suite is a Debian suite whose stock packages make a KVM host.
 type Suite struct {
-	// Name is the suite as the package archive calls it.
-	Name string
+	// Name is the suite as the package archive calls it, or Release is.
+	Name    string
+	Release string `json:",omitempty"`
+	// Kernel is that of the hosts; nil: the stock one, which the guests have
+	// in any case.
+	Kernel *Kernel `json:",omitempty"`
 	// Packages make the host: its kernel, that kernel's headers and
 	// compiler, a VMM and a busybox for the guests.
 	Packages []string
@@ -65,6 +69,22 @@ var suites = []Suite{
 		HostModules:  hostModules,
 		GuestModules: guestModules,
 	},
+	{
+		Name:     "sanitizers", // Linux 6.12 that looks for mistakes; guests as in trixie
+		Release:  "trixie",
+		Packages: slices.Concat(packages, []string{"perl"}),
+		Pockets:  []string{"-updates", "-security"},
+		Kernel: &Kernel{
+			Source: "linux-source-6.12",
+			Packages: []string{
+				"gcc", "libc6-dev", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "dwarves",
+				"xz-utils", "cpio", "rsync", "kmod", "perl", "python3-minimal",
+			},
+			Config: sanitizersConfig,
+		},
+		HostModules:  hostModules,
+		GuestModules: guestModules,
+	},
 }
 
 // SuiteNamed returns the suite of that name, or an error that lists those there are.
@@ -78,4 +98,12 @@ func SuiteNamed(name string) (Suite, error) {
 		return Suite{}, fmt.Errorf("no suite %q: there are %s", name, strings.Join(names, ", "))
 	}
 	return suites[i], nil
+}
+
+// release is what the package archive calls the suite.
+func (s Suite) release() string {
+	if s.Release != "" {
+		return s.Release
+	}
+	return s.Name
 }

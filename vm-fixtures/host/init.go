@@ -215,6 +215,11 @@ func runSpec(out *recorder) error {
 	if err != nil {
 		return err
 	}
+	if s.Sanitizers {
+		if err := checkSanitizers(); err != nil {
+			return err
+		}
+	}
 	if err := sendFiles(out, Out); err != nil {
 		return fmt.Errorf("send files: %w", err)
 	}

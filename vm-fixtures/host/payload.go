@@ -91,7 +91,7 @@ func BuildModule(ctx context.Context, root *cache.Root, log *slog.Logger) (strin
 	if err != nil {
 		return "", err
 	}
-	dir, err := kbuild.Build(ctx, root, src, log)
+	dir, err := kbuild.Build(ctx, root, root.Kernel, src, log)
 	if err != nil {
 		return "", err
 	}
@@ -124,7 +124,7 @@ func stage(ctx context.Context, dir string, root *cache.Root, c Config) error {
 			return err
 		}
 	}
-	attacks, err := kbuild.Build(ctx, root, kbuild.Sources{Dir: filepath.Join(top, "vm-fixtures", "attacks"), Entries: []string{"."}}, c.Log)
+	attacks, err := kbuild.Build(ctx, root, root.Guest, kbuild.Sources{Dir: filepath.Join(top, "vm-fixtures", "attacks"), Entries: []string{"."}}, c.Log)
 	if err != nil {
 		return err
 	}
@@ -134,7 +134,7 @@ func stage(ctx context.Context, dir string, root *cache.Root, c Config) error {
 	}
 	files := map[string]string{
 		ModuleFile:      module,
-		GuestKernel:     root.Vmlinuz(),
+		GuestKernel:     root.GuestVmlinuz(),
 		"bin/vmfixture": me,
 	}
 	for _, f := range c.Files {

@@ -62,7 +62,8 @@ const panicArgs = "panic=-1 oops=panic panic_on_warn=1 softlockup_panic=1 hung_t
 // alarm matches what a healthy kernel never says.
 var alarm = regexp.MustCompile(`BUG:|WARNING:|\bOops\b|KASAN|UBSAN|KFENCE|possible circular locking|possible recursive locking|` +
 	`Call Trace|general protection fault|stack segment|Kernel panic|soft lockup|blocked for more than|detected stall|scheduling while atomic|` +
-	`refcount_t:|unchecked MSR access|unable to handle|double fault|list_(add|del) corruption`)
+	`refcount_t:|unchecked MSR access|unable to handle|double fault|list_(add|del) corruption|` +
+	`trying to register non-static key|\bODEBUG:|kmemleak: (Cannot|Too many)|suspected memory leak`)
 
 // ErrTrouble says that the host itself failed, whatever the command did.
 var ErrTrouble = errors.New("the emulated host is in trouble")
@@ -110,7 +111,7 @@ func prepare(ctx context.Context, dir string, root *cache.Root, c Config) error 
 		return err
 	}
 	env := append([]string{Env + "=" + Payload, OutEnv + "=" + Out}, c.Env...)
-	text, err := json.Marshal(spec{Args: c.Args, Env: env})
+	text, err := json.Marshal(spec{Args: c.Args, Env: env, Sanitizers: root.Suite.Kernel != nil})
 	if err != nil {
 		return err
 	}

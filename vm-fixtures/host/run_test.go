@@ -96,6 +96,12 @@ func TestAlarm(t *testing.T) {
 		"[   61.0] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks",
 		"[   61.0] INFO: task kvmaccess:88 blocked for more than 120 seconds.",
 		"[    3.1] unchecked MSR access error: RDMSR from 0xc0011029",
+		"[    3.1] BUG: KASAN: slab-use-after-free in vm_doit+0x10/0x20 [kvmaccess]",
+		"[    3.1] WARNING: suspicious RCU usage",
+		"[    3.1] INFO: trying to register non-static key.",
+		"[    3.1] ODEBUG: Out of memory. ODEBUG disabled",
+		"[    3.1] kmemleak: Cannot allocate a kmemleak_object structure",
+		"[   61.0] kmemleak: 1 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
 	} {
 		if !alarm.MatchString(line) {
 			t.Errorf("not an alarm: %s", line)

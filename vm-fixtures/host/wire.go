@@ -31,6 +31,9 @@ const specName = "run.json"
 type spec struct {
 	Args []string `json:"args"`
 	Env  []string `json:"env"`
+	// Sanitizers says that the kernel has them: they must be on at the end,
+	// and have found nothing.
+	Sanitizers bool `json:"sanitizers,omitempty"`
 }
 
 // record is a line of JSON on the port.

@@ -113,15 +113,16 @@ func Check(ctx context.Context, root *cache.Root, src Sources) error {
 	return compile(ctx, tree, dir, root.Kernel, "C=2", "CHECK=/mnt/sparse", "CF=-Wsparse-error")
 }
 
-// Build builds the sources in root and returns the directory that holds the
-// modules (*.ko). Any warning of the compiler is an error.
-func Build(ctx context.Context, root *cache.Root, src Sources, log *slog.Logger) (string, error) {
+// Build builds the sources in root for one of its kernels, Root.Kernel or
+// Root.Guest, and returns the directory that holds the modules (*.ko). Any
+// warning of the compiler is an error.
+func Build(ctx context.Context, root *cache.Root, kernel string, src Sources, log *slog.Logger) (string, error) {
 	files, err := src.files()
 	if err != nil {
 		return "", err
 	}
 	h := sha256.New()
-	fmt.Fprintln(h, root.Key())
+	fmt.Fprintln(h, root.Key(), kernel)
 	for _, f := range files {
 		d, err := cache.DigestFile(filepath.Join(src.Dir, f))
 		if err != nil {
@@ -157,8 +158,8 @@ func Build(ctx context.Context, root *cache.Root, src Sources, log *slog.Logger)
 	if err := src.copyTo(tmp, files); err != nil {
 		return "", err
 	}
-	log.Info("building modules", "sources", filepath.Base(src.Dir), "kernel", root.Kernel)
-	if err := compile(ctx, tree, tmp, root.Kernel, "W=1", "KCFLAGS=-Werror"); err != nil {
+	log.Info("building modules", "sources", filepath.Base(src.Dir), "kernel", kernel)
+	if err := compile(ctx, tree, tmp, kernel, "W=1", "KCFLAGS=-Werror"); err != nil {
 		return "", fmt.Errorf("modules of %s: %w", src.Dir, err)
 	}
 	if err := writeStamp(tmp); err != nil {
