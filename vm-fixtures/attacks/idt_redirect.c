@@ -6,6 +6,7 @@
  */
 #include "attack.h"
 #include <asm/desc.h>
+#include <asm/ibt.h>
 #include <asm/nospec-branch.h>
 
 static int vector = 14; /* page fault */
@@ -17,7 +18,8 @@ unsigned long idt_original;
 asm(".pushsection .text\n"
 	".type idt_redirected, @function\n"
 	"idt_redirected:\n\t"
-	ANNOTATE_RETPOLINE_SAFE
+	ASM_ENDBR
+	ANNOTATE_RETPOLINE_SAFE "\n\t"
 	"jmp *idt_original(%rip)\n"
 	".size idt_redirected, . - idt_redirected\n"
 	".popsection");

@@ -6,6 +6,7 @@
  */
 #include "attack.h"
 #include <linux/smp.h>
+#include <asm/ibt.h>
 #include <asm/msr.h>
 #include <asm/nospec-branch.h>
 
@@ -15,31 +16,42 @@ unsigned long lstar_original;
 asm(".pushsection .text\n"
 	".type lstar_redirected, @function\n"
 	"lstar_redirected:\n\t"
-	ANNOTATE_RETPOLINE_SAFE
+	ASM_ENDBR
+	ANNOTATE_RETPOLINE_SAFE "\n\t"
 	"jmp *lstar_original(%rip)\n"
 	".size lstar_redirected, . - lstar_redirected\n"
 	".popsection");
 
+static void set_lstar(u64 to)
+{
+	wrmsr(MSR_LSTAR, lower_32_bits(to), upper_32_bits(to));
+}
+
 static void redirect(void *unused)
 {
-	wrmsrl(MSR_LSTAR, (unsigned long)lstar_redirected);
+	set_lstar((unsigned long)lstar_redirected);
 }
 
 static void restore(void *unused)
 {
-	wrmsrl(MSR_LSTAR, lstar_original);
+	set_lstar(lstar_original);
+}
+
+static void get_lstar(void *lstar)
+{
+	*(u64 *)lstar = native_read_msr(MSR_LSTAR);
 }
 
 static int __init lstar_redirect_init(void)
 {
 	int cpu;
 
-	rdmsrl(MSR_LSTAR, lstar_original);
+	lstar_original = native_read_msr(MSR_LSTAR);
 	on_each_cpu(redirect, NULL, true);
 	for_each_online_cpu(cpu) {
 		u64 now;
 
-		rdmsrl_on_cpu(cpu, MSR_LSTAR, &now);
+		smp_call_function_single(cpu, get_lstar, &now, true);
 		report("lstar", cpu, -1, lstar_original, now);
 	}
 	return 0;

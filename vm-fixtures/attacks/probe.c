@@ -17,8 +17,10 @@
 #include <linux/kthread.h>
 #include <linux/module.h>
 #include <linux/seq_file.h>
+#include <linux/slab.h>
 #include <linux/smp.h>
 #include <linux/uaccess.h>
+#include <linux/vmalloc.h>
 #include <asm/desc.h>
 #include <asm/msr.h>
 
@@ -59,18 +61,18 @@ static void probe_take(void *arg)
 	savesegment(ss, p->ss);
 	p->tr = native_store_tr();
 	asm volatile("sldt %0" : "=m"(p->ldt));
-	rdmsrl(MSR_EFER, p->efer);
-	rdmsrl(MSR_STAR, p->star);
-	rdmsrl(MSR_LSTAR, p->lstar);
-	rdmsrl(MSR_CSTAR, p->cstar);
-	rdmsrl(MSR_SYSCALL_MASK, p->sfmask);
-	rdmsrl(MSR_IA32_SYSENTER_CS, p->sysenter_cs);
-	rdmsrl(MSR_IA32_SYSENTER_ESP, p->sysenter_esp);
-	rdmsrl(MSR_IA32_SYSENTER_EIP, p->sysenter_eip);
-	rdmsrl(MSR_FS_BASE, p->fs_base);
-	rdmsrl(MSR_GS_BASE, p->gs_base);
-	rdmsrl(MSR_KERNEL_GS_BASE, p->kernel_gs_base);
-	rdmsrl(MSR_IA32_CR_PAT, p->pat);
+	p->efer = native_read_msr(MSR_EFER);
+	p->star = native_read_msr(MSR_STAR);
+	p->lstar = native_read_msr(MSR_LSTAR);
+	p->cstar = native_read_msr(MSR_CSTAR);
+	p->sfmask = native_read_msr(MSR_SYSCALL_MASK);
+	p->sysenter_cs = native_read_msr(MSR_IA32_SYSENTER_CS);
+	p->sysenter_esp = native_read_msr(MSR_IA32_SYSENTER_ESP);
+	p->sysenter_eip = native_read_msr(MSR_IA32_SYSENTER_EIP);
+	p->fs_base = native_read_msr(MSR_FS_BASE);
+	p->gs_base = native_read_msr(MSR_GS_BASE);
+	p->kernel_gs_base = native_read_msr(MSR_KERNEL_GS_BASE);
+	p->pat = native_read_msr(MSR_IA32_CR_PAT);
 	memcpy(p->gdt_bytes, (void *)p->gdt.address,
 	       min_t(size_t, p->gdt.size + 1, sizeof(p->gdt_bytes)));
 	memcpy(p->idt_bytes, (void *)p->idt.address,
