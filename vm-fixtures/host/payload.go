@@ -118,6 +118,9 @@ func stage(ctx context.Context, dir string, root *cache.Root, c Config) error {
 			return err
 		}
 	}
+	if err := stageInstall(dir, top); err != nil {
+		return err
+	}
 	module := c.Module
 	if module == "" {
 		if module, err = BuildModule(ctx, root, c.Log); err != nil {
