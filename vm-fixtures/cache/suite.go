@@ -35,6 +35,10 @@ var (
 		"linux-image-cloud-amd64", "linux-headers-cloud-amd64",
 		"qemu-system-x86", "kmod", "make", "busybox-static", "procps",
 	}
+	// bochsPackages are what boots an Intel host, of whatever suite.
+	bochsPackages = []string{
+		"bochs", "bochs-term", "bochsbios", "vgabios", "isolinux", "syslinux-common", "xorriso",
+	}
 	hostModules = []string{
 		"virtio_pci", "virtio_blk", "virtio_console", // what QEMU has
 		"ata_piix", "sd_mod", // what Bochs has
@@ -55,7 +59,7 @@ var suites = []Suite{
 		Name: "trixie", // Linux 6.12
 		// Kbuild checks comments by scripts/kernel-doc, for which perl-base
 		// lacks Pod::Usage.
-		Packages:     slices.Concat(packages, []string{"perl"}),
+		Packages:     slices.Concat(packages, bochsPackages, []string{"perl"}),
 		Pockets:      []string{"-updates", "-security"},
 		HostModules:  hostModules,
 		GuestModules: guestModules,

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 
@@ -33,14 +34,21 @@ type machine struct {
 	// anyExit says that the emulator cannot tell a machine that was switched
 	// off from trouble by its own exit code.
 	anyExit bool
-	// owned is closed once the emulator has it.
-	owned *os.File
+	// given is closed here once the emulator has it, held when it has ended.
+	given, held io.Closer
 }
 
 // started gives up what the emulator now has.
 func (m *machine) started() {
-	if m.owned != nil {
-		m.owned.Close()
+	if m.given != nil {
+		m.given.Close()
+	}
+}
+
+// ended gives up what the emulator needed.
+func (m *machine) ended() {
+	if m.held != nil {
+		m.held.Close()
 	}
 }
 

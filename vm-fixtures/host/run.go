@@ -160,6 +160,7 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 	if err != nil {
 		return 0, err
 	}
+	defer m.ended()
 	cmd := m.cmd
 	c.Log.Info("booting the host", "suite", root.Suite.Name, "kernel", root.Kernel, "command", quote(cmd.Args))
 	start := time.Now()
