@@ -100,6 +100,15 @@ test: build fixture $(HOST_DEPS) ## test everything, the kernel's part in an emu
 	go test -v -count=1 -timeout 40m -tags kvmhost \
 		-exec '$(abspath $(firstword $(ON_HOST))) $(wordlist 2,99,$(ON_HOST)) $(WITH_PROGRAMS) --timeout 40m --' ./vm-fixtures/tests
 
+.PHONY: test-dkms
+test-dkms: build fixture ## test "make install" and DKMS in a root of $SUITE, and load what DKMS built
+	go vet -tags packaging ./vm-fixtures/packaging
+	go test -v -count=1 -timeout 30m -tags packaging ./vm-fixtures/packaging -run '^TestDKMS$$' \
+		-suite $(SUITE) -out $(abspath $(BIN)/dkms)
+	go test -v -count=1 -timeout 20m -tags kvmhost -run '^TestInstalled$$' \
+		-exec '$(abspath $(FIXTURE)) run --suite $(SUITE) --module $(abspath $(BIN)/dkms/$(SUITE)/kvmaccess.ko) \
+			$(WITH_PROGRAMS) --timeout 20m --' ./vm-fixtures/tests
+
 .PHONY: demo
 demo: build fixture $(HOST_DEPS) ## show the whole chain on running guests; leaves results/demo
 	$(ON_HOST) $(WITH_PROGRAMS) --out results/demo --timeout 15m -- $(BIN)/demo
