@@ -616,13 +616,16 @@ func TestTableInParts(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		limit int
-		moves int // how often the base changes while it is read
+		moves int  // how often the base changes while it is read
+		short bool // and with it the limit, to less than what has been read
 		err   error
 	}{
-		{"gdt", 127, 0, nil},
-		{"64 KiB", 0xffff, 0, nil},
-		{"moved once", 0xffff, 1, nil},
-		{"moved again and again", 0xffff, 1000, ErrUnsettled},
+		{"gdt", 127, 0, false, nil},
+		{"64 KiB", 0xffff, 0, false, nil},
+		{"moved once", 0xffff, 1, false, nil},
+		{"moved again and again", 0xffff, 1000, false, ErrUnsettled},
+		{"shortened once", 0xffff, 1, true, nil},
+		{"shortened again and again", 0xffff, 1000, true, ErrUnsettled},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			base := uint64(0xfffffe0000000000)
@@ -637,6 +640,9 @@ func TestTableInParts(t *testing.T) {
 				if offset > 0 && moves < tt.moves {
 					moves++
 					base += 0x1000
+					if tt.short {
+						return nil, genltest.Error(int(unix.EINVAL))
+					}
 				}
 				data := table[offset:min(tt.limit+1, int(offset)+MaxBytes)]
 				return []genetlink.Message{message(cmdTableGet, join(u64(aTableVMID, 1), u32(aTableVCPUID, 0), u32(aTableKind, 1),

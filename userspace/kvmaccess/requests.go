@@ -4,6 +4,7 @@ package kvmaccess
 
 import (
 	"context"
+	"errors"
 
 	"golang.org/x/sys/unix"
 )
@@ -128,6 +129,10 @@ next:
 				q.u32(aTableOffset, uint32(len(whole.Data)))
 			}
 			b, err := c.execute(ctx, q)
+			if len(whole.Data) > 0 && errors.Is(err, unix.EINVAL) {
+				// It has become shorter than what has been read of it.
+				continue next
+			}
 			if err != nil {
 				return Table{}, err
 			}
