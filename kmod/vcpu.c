@@ -98,6 +98,7 @@ static void emulator_init(void)
  */
 const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void)
 {
+	/* Pairs with the release below: with a vendor, what it found is seen. */
 	const struct kvmaccess_vcpu_vendor *v = smp_load_acquire(&vendor);
 	char symbol[KSYM_SYMBOL_LEN];
 	unsigned long get_msr;
