@@ -4,8 +4,12 @@ package host
 
 import (
 	"context"
+	"errors"
+	"log/slog"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/cache"
@@ -13,6 +17,9 @@ import (
 
 // qemu has AMD's processors.
 type qemu struct{}
+
+// qemuSuite is the suite whose QEMU emulates all hosts, whatever theirs is.
+const qemuSuite = "trixie"
 
 func (qemu) machine(ctx context.Context, dir string, root *cache.Root, c Config) (*machine, error) {
 	cpu := c.CPU
@@ -41,5 +48,30 @@ func (qemu) machine(ctx context.Context, dir string, root *cache.Root, c Config)
 		"-chardev", "file,id=host,path="+filepath.Join(dir, portName),
 		"-device", "virtserialport,chardev=host,name="+Port,
 	)
-	return &machine{cmd: exec.CommandContext(ctx, "qemu-system-x86_64", args...)}, nil
+	home, tree, err := openTree(ctx, qemuSuite, c.Log)
+	if err != nil {
+		return nil, err
+	}
+	args = slices.Concat([]string{"-L", filepath.Join(tree, "usr/share/qemu"), "-L", filepath.Join(tree, "usr/share/seabios")}, args)
+	args = program(tree, "usr/bin/qemu-system-x86_64", args...)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), "QEMU_MODULE_DIR="+filepath.Join(tree, libraries, "qemu"))
+	return &machine{cmd: cmd, held: home}, nil
+}
+
+// openTree opens the root of a suite and returns it unpacked as well.
+func openTree(ctx context.Context, name string, log *slog.Logger) (*cache.Root, string, error) {
+	suite, err := cache.SuiteNamed(name)
+	if err != nil {
+		return nil, "", err
+	}
+	root, err := cache.Open(ctx, suite, log)
+	if err != nil {
+		return nil, "", err
+	}
+	tree, err := root.Tree(ctx)
+	if err != nil {
+		return nil, "", errors.Join(err, root.Close())
+	}
+	return root, tree, nil
 }
