@@ -4,6 +4,7 @@
 export CGO_ENABLED := 0
 
 SUITE   ?= bookworm
+VENDOR  ?= svm
 KERNEL  ?= $(shell uname -r)
 KDIR    ?= /lib/modules/$(KERNEL)/build
 PREFIX  ?= /usr/local
@@ -17,18 +18,31 @@ PROGRAMS := kvmaccess kvmaccessd
 FIXTURE  := $(BIN)/vmfixture
 MODULE   := $(BIN)/$(KERNEL)/kvmaccess.ko
 
-# Debian packages that the emulated hosts need here, by a file of each.
-PACKAGES := qemu-system-x86:/usr/bin/qemu-system-x86_64 mmdebstrap:/usr/bin/mmdebstrap \
+# Debian packages that the emulated hosts need here, by a file of each. Their
+# emulators come out of the cache.
+PACKAGES := mmdebstrap:/usr/bin/mmdebstrap \
 	    squashfs-tools:/usr/bin/mksquashfs \
 	    debian-archive-keyring:/usr/share/keyrings/debian-archive-keyring.gpg \
 	    ca-certificates:/etc/ssl/certs/ca-certificates.crt
 
+# Emulated hosts, VENDOR-SUITE: all there are, and those that "make test" has
+# the time for.
+SUITES    := bookworm trixie sid
+ALL_HOSTS := $(foreach v,svm vmx,$(SUITES:%=$(v)-%))
+
 ifeq ($(HOST),here)
 ON_HOST := $(FIXTURE) here --suite $(SUITE) --module $(abspath $(MODULE))
 HOST_DEPS := kmod
+PACKAGES += qemu-system-x86:/usr/bin/qemu-system-x86_64
+TEST_HOSTS := here
 else ifeq ($(HOST),)
-ON_HOST := $(FIXTURE) run --suite $(SUITE)
+ON_HOST := $(FIXTURE) run --vendor $(VENDOR) --suite $(SUITE)
 HOST_DEPS :=
+ifeq ($(origin SUITE)$(origin VENDOR),filefile)
+TEST_HOSTS := $(SUITES:%=svm-%) vmx-bookworm
+else
+TEST_HOSTS := $(VENDOR)-$(SUITE)
+endif
 else
 $(error HOST=$(HOST): either HOST=here, or none for an emulated host)
 endif
@@ -45,6 +59,7 @@ help: ## say what there is
 		while IFS="$$(printf '\t')" read -r target text; do printf '  %-14s %s\n' "$$target" "$$text"; done
 	@echo
 	@echo 'HOST=here       test, demo: on this machine; it must load modules and have working KVM'
+	@echo 'SUITE, VENDOR   test, demo: on that emulated host alone: bookworm, trixie or sid; svm or vmx'
 	@echo 'QUICK=1         bench: a few minutes instead of forty'
 	@echo 'DKMS=1          install: the module by DKMS, for this kernel and each that comes'
 	@echo 'KERNEL, KDIR    kmod, install: for that kernel ($(KERNEL)), by that build directory'
@@ -86,19 +101,40 @@ kmod-fixture: fixture ## build the module for the emulated host's kernel into bi
 	$(FIXTURE) module --suite $(SUITE) --out $(BIN)
 
 .PHONY: test
-test: build fixture $(HOST_DEPS) ## test everything, the kernel's part in an emulated host
+test: test-static test-unit $(TEST_HOSTS:%=test-on-%) ## test everything, the kernel's part on emulated hosts
+
+.PHONY: test-all
+test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) ## the same on all hosts: 6.1, 6.12 and 7.2, on AMD and Intel each
+
+.PHONY: test-static
+test-static:
 	@echo '== format and vet'
 	@unformatted=$$(gofmt -l bench userspace vm-fixtures); \
 		[ -z "$$unformatted" ] || { echo "gofmt wants: $$unformatted" >&2; exit 1; }
 	go vet ./...
 	go vet -tags kvmhost ./...
+
+.PHONY: test-unit
+test-unit:
 	@echo '== unit tests'
 	go test ./...
-	@echo '== module'
-	$(FIXTURE) module --suite $(SUITE) --out $(BIN)
-	@echo '== tests on a KVM host'
-	go test -v -count=1 -timeout 40m -tags kvmhost \
-		-exec '$(abspath $(firstword $(ON_HOST))) $(wordlist 2,99,$(ON_HOST)) $(WITH_PROGRAMS) --timeout 40m --' ./vm-fixtures/tests
+
+# $(call test_on,NAME OF HOST,OPTIONS OF GO TEST,VMFIXTURE COMMAND)
+define test_on
+	@echo '== tests on a KVM host: $1'
+	go test -v -count=1 -timeout 60m -tags kvmhost $2 \
+		-exec '$(abspath $(FIXTURE)) $3 $(WITH_PROGRAMS) --timeout 60m --' ./vm-fixtures/tests
+endef
+
+HOSTS := $(sort $(ALL_HOSTS) $(filter-out here,$(TEST_HOSTS)))
+.PHONY: $(HOSTS:%=test-on-%)
+$(HOSTS:%=test-on-%): test-on-%: build fixture
+	$(FIXTURE) module --suite $(lastword $(subst -, ,$*)) --out $(BIN)
+	$(call test_on,$*,,run --vendor $(firstword $(subst -, ,$*)) --suite $(lastword $(subst -, ,$*)))
+
+.PHONY: test-on-here
+test-on-here: build fixture $(HOST_DEPS)
+	$(call test_on,here,,$(wordlist 2,99,$(ON_HOST)))
 
 .PHONY: test-dkms
 test-dkms: build fixture ## test "make install" and DKMS in a root of $SUITE, and load what DKMS built
