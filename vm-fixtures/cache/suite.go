@@ -76,7 +76,8 @@ var suites = []Suite{
 	{
 		Name:     "sanitizers", // Linux 6.12 that looks for mistakes; guests as in trixie
 		Release:  "trixie",
-		Packages: slices.Concat(packages, []string{"perl"}),
+		// Its build directory calls the compiler by no more than gcc.
+		Packages: slices.Concat(packages, []string{"perl", "gcc"}),
 		Pockets:  []string{"-updates", "-security"},
 		Kernel: &Kernel{
 			Source: "linux-source-6.12",
