@@ -217,14 +217,20 @@ static int read_state(struct capture *c, bool loaded)
 	return 0;
 }
 
-/* For the vendors: MSRs that KVM gives without side effects on @vcpu's home. */
-void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+/*
+ * For the vendors: MSRs that KVM gives without side effects on @vcpu's home,
+ * all but the set @except of KVMACCESS_MSR_* bits.
+ */
+void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s,
+			      unsigned long except)
 {
 	unsigned int i;
 
 	for (i = 0; i < ARRAY_SIZE(msrs); i++) {
 		struct msr_data msr = { .index = msrs[i], .host_initiated = true };
 
+		if (except & BIT(i))
+			continue;
 		s->msr[i] = kvmaccess_ksyms.ops->get_msr(vcpu, &msr) ? 0 : msr.data;
 	}
 }

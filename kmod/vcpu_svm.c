@@ -71,7 +71,7 @@ static int svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 		ops->get_segment(vcpu, &s->segment[i], i);
 	ops->get_gdt(vcpu, &s->gdt);
 	ops->get_idt(vcpu, &s->idt);
-	kvmaccess_vcpu_read_msrs(vcpu, s);
+	kvmaccess_vcpu_read_msrs(vcpu, s, 0);
 	return 0;
 }
 

@@ -26,6 +26,9 @@ static struct {
 	u32 vcpu;	/* struct vcpu_vmx: vcpu */
 	u32 loaded;	/* struct vcpu_vmx: loaded_vmcs */
 	u32 rmode;	/* struct vcpu_vmx: rmode, and in it first: vm86_active */
+	u32 active;	/* struct vcpu_vmx: guest_state_loaded */
+	u32 host_gs;	/* struct vcpu_vmx: msr_host_kernel_gs_base */
+	u32 guest_gs;	/* struct vcpu_vmx: msr_guest_kernel_gs_base */
 	u32 vmcs;	/* struct loaded_vmcs: vmcs */
 	u32 cpu;	/* struct loaded_vmcs: cpu */
 } layout;
@@ -38,6 +41,7 @@ static const struct {
 	{ "vcpu_vmx", "vcpu", &layout.vcpu },
 	{ "vcpu_vmx", "loaded_vmcs", &layout.loaded },
 	{ "vcpu_vmx", "rmode", &layout.rmode },
+	{ "vcpu_vmx", "msr_guest_kernel_gs_base", &layout.guest_gs },
 	{ "loaded_vmcs", "vmcs", &layout.vmcs },
 	{ "loaded_vmcs", "cpu", &layout.cpu },
 };
@@ -67,6 +71,23 @@ static const struct {
 #undef SEGMENT
 };
 
+/* "KVM: VMX: Move common fields of struct vcpu_{vmx,tdx} to a struct", 6.16 */
+static int find_common(struct kvmaccess_btf *btf)
+{
+	u32 vt;
+
+	if (!kvmaccess_btf_member(btf, "vcpu_vmx", "guest_state_loaded", &layout.active))
+		return kvmaccess_btf_member(btf, "vcpu_vmx", "msr_host_kernel_gs_base",
+					    &layout.host_gs);
+	if (kvmaccess_btf_member(btf, "vcpu_vmx", "vt", &vt) ||
+	    kvmaccess_btf_member(btf, "vcpu_vt", "guest_state_loaded", &layout.active) ||
+	    kvmaccess_btf_member(btf, "vcpu_vt", "msr_host_kernel_gs_base", &layout.host_gs))
+		return -ENOENT;
+	layout.active += vt;
+	layout.host_gs += vt;
+	return 0;
+}
+
 static int vmx_init(void)
 {
 	struct kvmaccess_btf *btf;
@@ -89,6 +110,8 @@ static int vmx_init(void)
 	for (i = 0; i < ARRAY_SIZE(members) && !err; i++)
 		err = kvmaccess_btf_member(btf, members[i].type, members[i].member,
 					   members[i].offset);
+	if (!err)
+		err = find_common(btf);
 	kvmaccess_btf_close(btf);
 	if (err)
 		kvmaccess_ksyms_miss("layout of struct vcpu_vmx");
@@ -176,6 +199,29 @@ static void read_segment(struct reader *r, struct kvm_segment *s, unsigned int i
 	s->g = attrs >> 15 & 1;
 }
 
+/*
+ * The guest's KERNEL_GS_BASE is in the MSR while its state is loaded. KVM's own
+ * way to read it also keeps what it finds; between the return of the host's
+ * value to the MSR, with interrupts on, and the note that it is back that would
+ * be the host's, for the guest to go on with.
+ */
+static int read_kernel_gs_base(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+{
+	const void *vmx = (void *)vcpu - layout.vcpu;
+	u64 saved = READ_ONCE(*(const u64 *)(vmx + layout.guest_gs));
+	u64 *value = &s->msr[KVMACCESS_MSR_KERNEL_GS_BASE];
+
+	*value = saved;
+	if (!READ_ONCE(*(const bool *)(vmx + layout.active)))
+		return 0;
+	*value = __rdmsr(MSR_KERNEL_GS_BASE);
+	if (s->condition == KVMACCESS_CONDITION_GUEST || *value == saved ||
+	    *value != READ_ONCE(*(const u64 *)(vmx + layout.host_gs)))
+		return 0;
+	/* The host's, already, or a guest's that happens to be the same. */
+	return -EAGAIN;
+}
+
 static int read_current(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 {
 	const struct kvm_vcpu_arch *arch = &vcpu->arch;
@@ -211,9 +257,10 @@ static int read_current(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 	else
 		s->cpl = s->segment[VCPU_SREG_SS].dpl;
 
-	if (!r.failed)
-		kvmaccess_vcpu_read_msrs(vcpu, s);
-	return r.failed ? -EAGAIN : 0;
+	if (r.failed)
+		return -EAGAIN;
+	kvmaccess_vcpu_read_msrs(vcpu, s, BIT(KVMACCESS_MSR_KERNEL_GS_BASE));
+	return read_kernel_gs_base(vcpu, s);
 }
 
 static int vmx_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
