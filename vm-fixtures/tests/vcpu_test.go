@@ -265,7 +265,12 @@ func TestRegistersOfRunningVCPU(t *testing.T) {
 	}()
 	time.Sleep(100 * time.Millisecond)
 	seen := map[kvmaccess.Condition]int{}
-	exact := 0
+	type sample struct{ held, torn int }
+	at := map[uint64]sample{} // by RIP
+	var want [8]uint64
+	for i := range want {
+		want[i] = uint64(8+i) * 0x1111111111111111
+	}
 	const rounds = 2000
 	for range rounds {
 		v, err := c.VCPU(ctx, vm.ID, cpu)
@@ -274,23 +279,37 @@ func TestRegistersOfRunningVCPU(t *testing.T) {
 		}
 		seen[v.Condition]++
 		got := [8]uint64{v.R8, v.R9, v.R10, v.R11, v.R12, v.R13, v.R14, v.R15}
-		held := 0
-		for i, r := range got {
-			if r == uint64(8+i)*0x1111111111111111 {
-				held++
-			}
+		s := at[v.RIP]
+		if got == want {
+			s.held++
+		} else {
+			s.torn++
 		}
-		// The guest's timer interrupts run on this vCPU too.
-		if held == len(got) {
-			exact++
-		}
+		at[v.RIP] = s
 		if v.CPU < 0 || v.TID == 0 {
 			t.Fatalf("a running vCPU on CPU %d by thread %d", v.CPU, v.TID)
 		}
 	}
-	t.Logf("%d of %d had all registers of the loop; conditions %v", exact, rounds, seen)
-	if exact < rounds*8/10 {
-		t.Errorf("only %d of %d had all registers of the loop", exact, rounds)
+	// The loop is two instructions, dec (3 bytes) and jnz, where the vCPU is
+	// found most. What else runs there, the timer's interrupts for instance,
+	// takes more of its time the slower the host is.
+	var top uint64
+	for rip, s := range at {
+		if s.held > at[top].held {
+			top = rip
+		}
+	}
+	var loop, torn int
+	for _, rip := range []uint64{top - 3, top, top + 3} {
+		loop += at[rip].held
+		torn += at[rip].torn
+	}
+	t.Logf("%d of %d in the loop at %#x; conditions %v", loop, rounds, top, seen)
+	if torn > 0 {
+		t.Errorf("%d times in the loop without its registers", torn)
+	}
+	if loop < rounds/10 {
+		t.Errorf("only %d of %d in the loop", loop, rounds)
 	}
 	if seen[kvmaccess.ConditionGuest] == 0 {
 		t.Errorf("never seen in the guest: %v", seen)
