@@ -22,20 +22,15 @@ type Machine struct {
 	Revision  string // of KvmAccess, by git
 }
 
-// ThisMachine describes the machine that this runs on. What cannot be found
-// out is said to be unknown.
+// ThisMachine describes the machine that this runs on, but for the Emulator
+// and the Kernel. What cannot be found out is said to be unknown.
 func ThisMachine() Machine {
 	m := Machine{
 		Processor: field("/proc/cpuinfo", "model name", ":"),
 		CPUs:      runtime.NumCPU(),
 		System:    strings.Trim(field("/etc/os-release", "PRETTY_NAME", "="), `"`),
-		Emulator:  "unknown",
-		Kernel:    "unknown",
 		Go:        runtime.Version(),
 		Revision:  "unknown",
-	}
-	if out, err := exec.Command("qemu-system-x86_64", "--version").Output(); err == nil {
-		m.Emulator, _, _ = strings.Cut(string(out), "\n")
 	}
 	if out, err := exec.Command("git", "describe", "--always", "--dirty").Output(); err == nil {
 		m.Revision = strings.TrimSpace(string(out))

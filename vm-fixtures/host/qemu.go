@@ -5,12 +5,14 @@ package host
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/cache"
 )
@@ -57,6 +59,22 @@ func (qemu) machine(ctx context.Context, dir string, root *cache.Root, c Config)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.Env = append(os.Environ(), "QEMU_MODULE_DIR="+filepath.Join(tree, libraries, "qemu"))
 	return &machine{cmd: cmd, held: home}, nil
+}
+
+// QEMUVersion is what the QEMU that emulates hosts says it is.
+func QEMUVersion(ctx context.Context, log *slog.Logger) (string, error) {
+	home, tree, err := openTree(ctx, qemuSuite, log)
+	if err != nil {
+		return "", err
+	}
+	defer home.Close()
+	args := program(tree, "usr/bin/qemu-system-x86_64", "--version")
+	out, err := exec.CommandContext(ctx, args[0], args[1:]...).Output()
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", quote(args), err)
+	}
+	version, _, _ := strings.Cut(string(out), "\n")
+	return version, nil
 }
 
 // openTree opens the root of a suite and returns it unpacked as well.

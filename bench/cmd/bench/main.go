@@ -23,6 +23,7 @@ import (
 	"github.com/kvmaccess/kvmaccess/bench/overhead"
 	"github.com/kvmaccess/kvmaccess/bench/report"
 	"github.com/kvmaccess/kvmaccess/bench/sample"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
 )
 
 func main() {
@@ -102,6 +103,9 @@ func run(ctx context.Context, o options, stdout io.Writer) error {
 	}
 
 	r := &report.Report{Plans: o.mode.plans(o.seed), Machine: report.ThisMachine()}
+	if r.Machine.Emulator, err = host.QEMUVersion(ctx, log); err != nil {
+		return err
+	}
 	var samples []sample.Sample
 	var curves []*overhead.Curve
 	var trouble []error
