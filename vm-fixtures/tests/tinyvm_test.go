@@ -30,6 +30,8 @@ func openKVM(t *testing.T) *tinyvm.KVM {
 	return k
 }
 
+var selfPID = os.Getpid()
+
 // tinyGuest makes a guest and finds it among the host's VMs.
 func tinyGuest(t *testing.T, k *tinyvm.KVM, c *kvmaccess.Client, config tinyvm.Config) (*tinyvm.Guest, kvmaccess.VM) {
 	t.Helper()
@@ -42,7 +44,7 @@ func tinyGuest(t *testing.T, k *tinyvm.KVM, c *kvmaccess.Client, config tinyvm.C
 			t.Error(err)
 		}
 	})
-	return g, newestVM(t, c, os.Getpid())
+	return g, newestVM(t, c, selfPID)
 }
 
 // newestVM is the VM that a process created last.
