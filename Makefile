@@ -142,8 +142,7 @@ test-dkms: build fixture ## test "make install" and DKMS in a root of $SUITE, an
 	go test -v -count=1 -timeout 30m -tags packaging ./vm-fixtures/packaging -run '^TestDKMS$$' \
 		-suite $(SUITE) -out $(abspath $(BIN)/dkms)
 	go test -v -count=1 -timeout 20m -tags kvmhost -run '^TestInstalled$$' \
-		-exec '$(abspath $(FIXTURE)) run --suite $(SUITE) --module $(abspath $(BIN)/dkms/$(SUITE)/kvmaccess.ko) \
-			$(WITH_PROGRAMS) --timeout 20m --' ./vm-fixtures/tests
+		-exec '$(abspath $(FIXTURE)) run --suite $(SUITE) --module $(abspath $(BIN)/dkms/$(SUITE)/kvmaccess.ko) $(WITH_PROGRAMS) --timeout 20m --' ./vm-fixtures/tests
 
 .PHONY: demo
 demo: build fixture $(HOST_DEPS) ## show the whole chain on running guests; leaves results/demo
