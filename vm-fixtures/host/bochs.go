@@ -52,11 +52,7 @@ func (bochs) machine(ctx context.Context, dir string, root *cache.Root, c Config
 	if c.Icount {
 		return nil, errors.New("Bochs counts instructions anyway: leave out --icount")
 	}
-	suite, err := cache.SuiteNamed(bochsSuite)
-	if err != nil {
-		return nil, err
-	}
-	tools, err := cache.Open(ctx, suite, c.Log)
+	tools, tree, err := openTree(ctx, bochsSuite, c.Log)
 	if err != nil {
 		return nil, err
 	}
@@ -65,10 +61,6 @@ func (bochs) machine(ctx context.Context, dir string, root *cache.Root, c Config
 			tools.Close()
 		}
 	}()
-	tree, err := tools.Tree(ctx)
-	if err != nil {
-		return nil, err
-	}
 
 	iso := filepath.Join(dir, "boot.iso")
 	if err := bootISO(ctx, tree, iso, filepath.Join(dir, "iso"), root.Vmlinuz(), filepath.Join(dir, initramfsName), kernelLine(c, bochsLine...)); err != nil {
