@@ -13,6 +13,9 @@
  * written to the VMCS. The interrupted thread may be filling them, so they are
  * read only where the VMCS is not the truth, and never filled.
  */
+#include <linux/types.h>
+
+/* Not on its own: without CONFIG_HYPERVISOR_GUEST it uses a type of the above. */
 #include <asm/hypervisor.h>
 #include <asm/vmx.h>
 #include <linux/err.h>
