@@ -44,13 +44,14 @@ int kvmaccess_walk_vms(int (*fn)(const struct kvmaccess_vm_info *vm, void *arg),
 		       void *arg)
 {
 	struct kvmaccess_vm_info info = {};
+	u64 last = kvmaccess_vm_last();
 	struct kvmaccess_vm *vm;
 	int err = 0;
 
 	while (!err) {
 		u64 start = ktime_get_ns();
 
-		vm = kvmaccess_vm_get_next(info.id);
+		vm = kvmaccess_vm_get_next(info.id, last);
 		if (IS_ERR_OR_NULL(vm))
 			return PTR_ERR_OR_ZERO(vm);
 		kvmaccess_vm_info(vm, &info);

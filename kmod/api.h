@@ -80,7 +80,7 @@ struct kvmaccess_vcpu_state {
 #define KVMACCESS_ROOT_OF_VCPU	(~0ULL)
 
 /*
- * Call @fn for each VM, by rising id, until it returns something else than 0,
+ * Call @fn for each VM that is there now, by rising id, until it returns something else than 0,
  * which is returned then. No lock is held meanwhile; the VM's destruction
  * waits for @fn.
  */

@@ -311,6 +311,7 @@ lost:
 /* Each dump's position, in netlink_callback::ctx. */
 struct vm_cursor {
 	u64 id;
+	u64 last;
 };
 
 static int dump_start(struct netlink_callback *cb)
@@ -340,9 +341,11 @@ static int dump_vms(struct sk_buff *skb, struct netlink_callback *cb, enum kvmac
 
 	BUILD_BUG_ON(sizeof(*cursor) > sizeof(cb->ctx));
 
+	if (!cursor->last)
+		cursor->last = kvmaccess_vm_last();
 	for (;;) {
 		start = ktime_get_ns();
-		vm = kvmaccess_vm_get_next(cursor->id);
+		vm = kvmaccess_vm_get_next(cursor->id, cursor->last);
 		if (IS_ERR(vm))
 			return PTR_ERR(vm);
 		if (!vm)

@@ -387,10 +387,28 @@ struct kvmaccess_vm *kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack)
 }
 
 /*
- * The VM with the lowest id above @after, held; NULL behind the last. An error
- * while the module is being unloaded, as generic netlink gives it then.
+ * The highest id that any VM has so far. Whoever goes through all VMs ends
+ * there: new ones may come as fast as he gets on.
  */
-struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after)
+u64 kvmaccess_vm_last(void)
+{
+	u64 last;
+
+	mutex_lock(&vms_mutex);
+	/* VMs whose announcement has not been worked off yet. */
+	if (!stopped)
+		walk();
+	last = last_id;
+	mutex_unlock(&vms_mutex);
+	return last;
+}
+
+/*
+ * The VM with the lowest id above @after and up to @last, held; NULL where
+ * there is none. An error while the module is being unloaded, as generic
+ * netlink gives it then.
+ */
+struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after, u64 last)
 {
 	struct kvmaccess_vm *vm, *found = NULL;
 
@@ -399,10 +417,9 @@ struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after)
 		found = ERR_PTR(-EPROTONOSUPPORT);
 		goto out;
 	}
-	/* A VM whose announcement has not been worked off yet. */
-	if (!after)
-		walk();
 	list_for_each_entry(vm, &vms, list) {
+		if (vm->id > last)
+			break;
 		if (vm->id > after && !READ_ONCE(vm->gone) && hold(vm)) {
 			found = vm;
 			break;

@@ -43,7 +43,8 @@ void kvmaccess_vm_exit(void);
 bool kvmaccess_vm_has_events(void);
 struct kvmaccess_vm * __must_check
 kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack);
-struct kvmaccess_vm * __must_check kvmaccess_vm_get_next(u64 after);
+u64 kvmaccess_vm_last(void);
+struct kvmaccess_vm * __must_check kvmaccess_vm_get_next(u64 after, u64 last);
 void kvmaccess_vm_put(struct kvmaccess_vm *vm);
 u32 kvmaccess_vm_generation(void);
 void kvmaccess_vm_info(struct kvmaccess_vm *vm, struct kvmaccess_vm_info *info);

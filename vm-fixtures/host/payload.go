@@ -23,6 +23,8 @@ import (
 const (
 	// ModuleFile is the module, built for the host's kernel.
 	ModuleFile = "kvmaccess.ko"
+	// SampleFile is the sample user of its API, if it was built beside it.
+	SampleFile = "kvmaccess_sample.ko"
 	// GuestKernel and GuestInitramfs boot a guest; in the latter AttackDir
 	// holds the modules that a guest can be asked to load.
 	GuestKernel    = "guest/vmlinuz"
@@ -139,6 +141,10 @@ func stage(ctx context.Context, dir string, root *cache.Root, c Config) error {
 		ModuleFile:      module,
 		GuestKernel:     root.GuestVmlinuz(),
 		"bin/vmfixture": me,
+	}
+	sample := filepath.Join(filepath.Dir(module), SampleFile)
+	if _, err := os.Stat(sample); err == nil {
+		files[SampleFile] = sample
 	}
 	for _, f := range c.Files {
 		files[f.To] = f.From

@@ -110,7 +110,7 @@ func Check(ctx context.Context, root *cache.Root, src Sources) error {
 	if err := os.WriteFile(filepath.Join(dir, "sparse"), program, 0o755); err != nil {
 		return err
 	}
-	return compile(ctx, tree, dir, root.Kernel, "C=2", "CHECK=/mnt/sparse", "CF=-Wsparse-error")
+	return compile(ctx, tree, dir, root.Kernel, "C=2", "CHECK=/mnt/sparse", "CF=-Wsparse-error", "SAMPLE=m")
 }
 
 // Build builds the sources in root for one of its kernels, Root.Kernel or
@@ -159,7 +159,7 @@ func Build(ctx context.Context, root *cache.Root, kernel string, src Sources, lo
 		return "", err
 	}
 	log.Info("building modules", "sources", filepath.Base(src.Dir), "kernel", kernel)
-	if err := compile(ctx, tree, tmp, kernel, "W=1", "KCFLAGS=-Werror"); err != nil {
+	if err := compile(ctx, tree, tmp, kernel, "W=1", "KCFLAGS=-Werror", "SAMPLE=m"); err != nil {
 		return "", fmt.Errorf("modules of %s: %w", src.Dir, err)
 	}
 	if err := writeStamp(tmp); err != nil {
