@@ -19,6 +19,7 @@ var programs = []string{
 	module + "/vm-fixtures/cmd/vmfixture",
 	module + "/userspace/cmd/kvmaccessd",
 	module + "/bench/cmd/benchinside",
+	module + "/bench/cmd/benchcapture",
 }
 
 // Build builds the programs of a run into a directory, statically: they run in
