@@ -29,6 +29,8 @@ PACKAGES := mmdebstrap:/usr/bin/mmdebstrap \
 # the time for.
 SUITES    := bookworm trixie sid
 ALL_HOSTS := $(foreach v,svm vmx,$(SUITES:%=$(v)-%))
+# The suite that was asked for, or all of them.
+EACH_SUITE := $(if $(filter file,$(origin SUITE)),$(SUITES),$(SUITE))
 
 ifeq ($(HOST),here)
 ON_HOST := $(FIXTURE) here --suite $(SUITE) --module $(abspath $(MODULE))
@@ -104,7 +106,7 @@ kmod-fixture: fixture ## build the module for the emulated host's kernel into bi
 test: test-static test-unit $(TEST_HOSTS:%=test-on-%) ## test everything, the kernel's part on emulated hosts
 
 .PHONY: test-all
-test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) ## the same on all hosts: 6.1, 6.12 and 7.2, on AMD and Intel each
+test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) test-dkms ## the same on all hosts: 6.1, 6.12 and 7.2, on AMD and Intel each; DKMS
 
 .PHONY: test-static
 test-static:
@@ -113,6 +115,7 @@ test-static:
 		[ -z "$$unformatted" ] || { echo "gofmt wants: $$unformatted" >&2; exit 1; }
 	go vet ./...
 	go vet -tags kvmhost ./...
+	go vet -tags packaging ./vm-fixtures/packaging
 
 .PHONY: test-unit
 test-unit:
@@ -137,12 +140,15 @@ test-on-here: build fixture $(HOST_DEPS)
 	$(call test_on,here,,$(wordlist 2,99,$(ON_HOST)))
 
 .PHONY: test-dkms
-test-dkms: build fixture ## test "make install" and DKMS in a root of $SUITE, and load what DKMS built
-	go vet -tags packaging ./vm-fixtures/packaging
+test-dkms: $(EACH_SUITE:%=test-dkms-on-%) ## test "make install" and DKMS in a root of each suite, and load what DKMS built
+
+.PHONY: $(EACH_SUITE:%=test-dkms-on-%)
+$(EACH_SUITE:%=test-dkms-on-%): test-dkms-on-%: build fixture
+	@echo '== DKMS of $*'
 	go test -v -count=1 -timeout 30m -tags packaging ./vm-fixtures/packaging -run '^TestDKMS$$' \
-		-suite $(SUITE) -out $(abspath $(BIN)/dkms)
+		-suite $* -out $(abspath $(BIN)/dkms)
 	go test -v -count=1 -timeout 20m -tags kvmhost -run '^TestInstalled$$' \
-		-exec '$(abspath $(FIXTURE)) run --suite $(SUITE) --module $(abspath $(BIN)/dkms/$(SUITE)/kvmaccess.ko) $(WITH_PROGRAMS) --timeout 20m --' ./vm-fixtures/tests
+		-exec '$(abspath $(FIXTURE)) run --suite $* --module $(abspath $(BIN)/dkms/$*/kvmaccess.ko) $(WITH_PROGRAMS) --timeout 20m --' ./vm-fixtures/tests
 
 .PHONY: demo
 demo: build fixture $(HOST_DEPS) ## show the whole chain on running guests; leaves results/demo
@@ -204,9 +210,9 @@ uninstall: ## stop the service, unload the module, remove what "make install" in
 	$(if $(DESTDIR),,! [ -d /run/systemd/system ] || systemctl daemon-reload)
 
 .PHONY: check
-check: fixture ## run sparse over the module's sources (installs it)
-	@command -v sparse >/dev/null || apt-get -q -y install --no-install-recommends sparse
-	$(FIXTURE) check --suite $(SUITE)
+check: fixture ## run sparse over the module's sources, for each suite's kernel (installs it)
+	@command -v sparse >/dev/null || { apt-get -q update && apt-get -q -y install --no-install-recommends sparse; }
+	@set -e; for s in $(EACH_SUITE); do echo "$(FIXTURE) check --suite $$s"; $(FIXTURE) check --suite $$s; done
 
 .PHONY: style
 style: ## run checkpatch over the module's sources (installs the kernel's source)
