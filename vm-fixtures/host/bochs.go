@@ -34,6 +34,8 @@ const (
 	// the model's name otherwise, and a second of idling or of a timeout
 	// would take that many instructions.
 	bochsMHz = 100
+	// bochsMemory is all that this Bochs can have, in MiB.
+	bochsMemory = 2048
 )
 
 // bochsLine is what a kernel is told so that it gets along with Bochs.
@@ -51,6 +53,13 @@ var bochsLine = []string{
 func (bochs) machine(ctx context.Context, dir string, root *cache.Root, c Config) (_ *machine, err error) {
 	if c.Icount {
 		return nil, errors.New("Bochs counts instructions anyway: leave out --icount")
+	}
+	memory := c.Memory
+	if memory == 0 {
+		memory = bochsMemory
+	}
+	if memory > bochsMemory {
+		return nil, fmt.Errorf("%d MiB of memory: Bochs has at most %d", memory, bochsMemory)
 	}
 	tools, tree, err := openTree(ctx, bochsSuite, c.Log)
 	if err != nil {
@@ -76,7 +85,7 @@ func (bochs) machine(ctx context.Context, dir string, root *cache.Root, c Config
 		"display_library: term",
 		"romimage: file=" + filepath.Join(share, "bochs/BIOS-bochs-latest"),
 		"vgaromimage: file=" + filepath.Join(share, "vgabios/vgabios.bin"),
-		fmt.Sprintf("megs: %d", c.Memory),
+		fmt.Sprintf("megs: %d", memory),
 		fmt.Sprintf("cpu: model=%s, count=%d, ips=%d, reset_on_triple_fault=0", cpu, c.CPUs, bochsMHz*1_000_000),
 		"clock: sync=none",
 		"ata0: enabled=1, ioaddr1=0x1f0, ioaddr2=0x3f0, irq=14",

@@ -23,13 +23,20 @@ type qemu struct{}
 // qemuSuite is the suite whose QEMU emulates all hosts, whatever theirs is.
 const qemuSuite = "trixie"
 
+// qemuMemory is what hosts have unless they are to have another size, in MiB.
+const qemuMemory = 2560
+
 func (qemu) machine(ctx context.Context, dir string, root *cache.Root, c Config) (*machine, error) {
+	memory := c.Memory
+	if memory == 0 {
+		memory = qemuMemory
+	}
 	cpu := c.CPU
 	if cpu == "" {
 		cpu = DefaultCPU
 	}
 	args := []string{"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-machine", "pc", "-cpu", cpu, "-m", strconv.Itoa(c.Memory)}
+		"-machine", "pc", "-cpu", cpu, "-m", strconv.Itoa(memory)}
 	if c.Icount {
 		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1")
 	} else {

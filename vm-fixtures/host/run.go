@@ -37,7 +37,7 @@ type Config struct {
 	Suite   string
 	Vendor  string        // of the host's processor: SVM, the default, or VMX
 	CPUs    int           // of the host; 1 with Icount
-	Memory  int           // MiB
+	Memory  int           // MiB; 0: enough for tests
 	Icount  bool          // one instruction takes one nanosecond of the host's time
 	CPU     string        // the emulator's model and features; empty: DefaultCPU, or what all kernels boot on
 	Append  string        // to the kernel's command line

@@ -171,7 +171,7 @@ word on the host's console, or no closing record, is an error (exit code 125).`,
 	f.BoolVar(&c.Icount, "icount", false, "clock of the host counts instructions, 1 ns each; one CPU")
 	f.StringVar(&c.Vendor, "vendor", host.SVM, "processor of the host: svm (AMD, under QEMU) or vmx (Intel, under Bochs)")
 	f.IntVar(&c.CPUs, "smp", 2, "CPUs of the host")
-	f.IntVar(&c.Memory, "memory", 2560, "memory of the host in MiB")
+	f.IntVar(&c.Memory, "memory", 0, "memory of the host in MiB (default: enough for tests)")
 	f.StringVar(&c.CPU, "cpu", "", "the emulator's CPU model (and QEMU's features; default "+host.DefaultCPU+")")
 	f.StringVar(&c.Append, "append", "", "more for the kernel's command line")
 	return cmd
