@@ -62,6 +62,7 @@ help: ## say what there is
 	@echo
 	@echo 'HOST=here       test, demo: on this machine; it must load modules and have working KVM'
 	@echo 'SUITE, VENDOR   test, demo: on that emulated host alone: bookworm, trixie or sid; svm or vmx'
+	@echo 'SAMPLES         test: captures of each known guest under each kind of stress; test-all: 1400'
 	@echo 'QUICK=1         bench: a few minutes instead of forty'
 	@echo 'DKMS=1          install: the module by DKMS, for this kernel and each that comes'
 	@echo 'KERNEL, KDIR    kmod, install: for that kernel ($(KERNEL)), by that build directory'
@@ -105,6 +106,8 @@ kmod-fixture: fixture ## build the module for the emulated host's kernel into bi
 .PHONY: test
 test: test-static test-unit $(TEST_HOSTS:%=test-on-%) ## test everything, the kernel's part on emulated hosts
 
+# 72 programs and kinds of stress: more than 100,000 captures.
+test-all: SAMPLES ?= 1400
 .PHONY: test-all
 test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) test-dkms ## the same on all hosts: 6.1, 6.12 and 7.2, on AMD and Intel each; DKMS
 
@@ -126,7 +129,8 @@ test-unit:
 define test_on
 	@echo '== tests on a KVM host: $1'
 	go test -v -count=1 -timeout 60m -tags kvmhost $2 \
-		-exec '$(abspath $(FIXTURE)) $3 $(WITH_PROGRAMS) --timeout 60m --' ./vm-fixtures/tests
+		-exec '$(abspath $(FIXTURE)) $3 $(WITH_PROGRAMS) --timeout 60m --' ./vm-fixtures/tests \
+		$(if $(SAMPLES),-args -samples $(SAMPLES))
 endef
 
 HOSTS := $(sort $(ALL_HOSTS) $(filter-out here,$(TEST_HOSTS)))
