@@ -119,7 +119,7 @@ func prepare(ctx context.Context, dir string, root *cache.Root, c Config) error 
 		return err
 	}
 	out, err := exec.CommandContext(ctx, "mksquashfs", payload, filepath.Join(dir, payloadName),
-		"-noI", "-noD", "-noF", "-no-progress", "-quiet").CombinedOutput()
+		"-comp", "lz4", "-noI", "-noD", "-noF", "-no-progress", "-quiet").CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("mksquashfs: %w: %s", err, out)
 	}
