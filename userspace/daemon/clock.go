@@ -5,6 +5,7 @@ package daemon
 import (
 	"fmt"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -67,7 +68,9 @@ type timer struct {
 
 	expiry   time.Duration // what is armed; 0: nothing known
 	interval time.Duration
-	woken    atomic.Bool
+
+	woken  atomic.Bool
+	waking sync.Mutex // held from when woken is set until the timer is
 }
 
 func newTimer() (*timer, error) {
@@ -98,7 +101,7 @@ func (t *timer) Wait(deadline, repeat time.Duration) error {
 	}
 	// Either this sees that Wake was called, or Wake sets the timer after it
 	// was set here.
-	if t.woken.Swap(false) {
+	if t.wasWoken() {
 		return nil
 	}
 	if err := t.raw.Read(t.read); err != nil {
@@ -107,13 +110,26 @@ func (t *timer) Wait(deadline, repeat time.Duration) error {
 	if t.errno != 0 {
 		return fmt.Errorf("timerfd: read: %w", t.errno)
 	}
-	if t.woken.Swap(false) {
-		t.expiry = 0
+	if t.wasWoken() {
 		return nil
 	}
 	expirations := *(*uint64)(unsafe.Pointer(&t.count))
 	t.expiry += time.Duration(expirations) * t.interval
 	return nil
+}
+
+// wasWoken says whether Wake was called since it last said so. If so, what the
+// timer is set to is not what Wait set any more. It lets Wake finish first: the
+// timer, once Wake has set it, expires no second time.
+func (t *timer) wasWoken() bool {
+	if !t.woken.Load() {
+		return false
+	}
+	t.waking.Lock()
+	defer t.waking.Unlock()
+	t.woken.Store(false)
+	t.expiry = 0
+	return true
 }
 
 // set arms the timer at an absolute time and every repeat from then on.
@@ -133,6 +149,8 @@ func (t *timer) set(deadline, repeat time.Duration) error {
 }
 
 func (t *timer) Wake() {
+	t.waking.Lock()
+	defer t.waking.Unlock()
 	t.woken.Store(true)
 	// In the past: it expires at once. Its only failure would be a closed
 	// descriptor, and then nobody waits.

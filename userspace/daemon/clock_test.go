@@ -70,6 +70,44 @@ func TestTimerWake(t *testing.T) {
 	}
 }
 
+// A wake that takes its time does not disarm what Wait arms after it.
+func TestTimerSlowWake(t *testing.T) {
+	c := startTimer(t)
+	const period = time.Millisecond
+	deadline := c.Now() + period
+
+	c.waking.Lock() // Wake, half done
+	c.woken.Store(true)
+	waited := make(chan error, 1)
+	go func() { waited <- c.Wait(deadline, period) }()
+	select {
+	case err := <-waited:
+		t.Fatalf("Wait returned (%v) before Wake had set the timer", err)
+	case <-time.After(20 * period):
+	}
+	if err := c.set(1, 0); err != nil {
+		t.Error(err)
+	}
+	c.waking.Unlock()
+	if err := <-waited; err != nil {
+		t.Fatal(err)
+	}
+
+	// Nobody wakes any more: the timer alone ends these.
+	for range 3 {
+		go func() { waited <- c.Wait(deadline, period) }()
+		select {
+		case err := <-waited:
+			if err != nil {
+				t.Fatal(err)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatal("the timer does not expire any more")
+		}
+		deadline += period
+	}
+}
+
 func TestTimerClosed(t *testing.T) {
 	c := startTimer(t)
 	c.Close()
