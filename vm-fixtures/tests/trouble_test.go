@@ -75,8 +75,9 @@ func readers(ctx context.Context, t *testing.T, vm kvmaccess.VM, pages guest.Pag
 }
 
 func TestKilledWhileRead(t *testing.T) {
-	ctx, c := testContext(t), newClient(t)
+	c := newClient(t)
 	for round := range 4 {
+		ctx := testContext(t)
 		g := startGuest(t, guest.Config{Name: fmt.Sprintf("victim%d", round), CPUs: 1 + round%2})
 		vm := vmOf(t, c, g)
 		pages, err := g.Pages(ctx)
