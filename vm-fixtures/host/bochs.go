@@ -112,12 +112,13 @@ func (bochs) machine(ctx context.Context, dir string, root *cache.Root, c Config
 	}
 	args := program(tree, "usr/bin/bochs-bin", "-q", "-f", rcFile, "-rc", debugger)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	// Its display wants a terminal.
+	// Its display wants a terminal to draw on; to read from, none: it would
+	// wait there for a millisecond whenever the host's CPUs are idle.
 	terminal, err := openTerminal(filepath.Join(dir, "screen"))
 	if err != nil {
 		return nil, err
 	}
-	cmd.Stdin, cmd.Stdout = terminal, terminal
+	cmd.Stdout = terminal
 	cmd.Env = append(os.Environ(),
 		"LTDL_LIBRARY_PATH="+filepath.Join(tree, libraries, "bochs/plugins"),
 		"BXSHARE="+filepath.Join(share, "bochs"),
