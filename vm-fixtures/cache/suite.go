@@ -74,8 +74,8 @@ var suites = []Suite{
 		GuestModules: guestModules,
 	},
 	{
-		Name:     "sanitizers", // Linux 6.12 that looks for mistakes; guests as in trixie
-		Release:  "trixie",
+		Name:    "sanitizers", // Linux 6.12 that looks for mistakes; guests as in trixie
+		Release: "trixie",
 		// Its build directory calls the compiler by no more than gcc.
 		Packages: slices.Concat(packages, []string{"perl", "gcc"}),
 		Pockets:  []string{"-updates", "-security"},
