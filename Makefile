@@ -108,12 +108,12 @@ kmod-fixture: fixture ## build the module for the emulated host's kernel into bi
 	$(FIXTURE) module --suite $(SUITE) --out $(BIN)
 
 .PHONY: test
-test: test-static test-unit $(TEST_HOSTS:%=test-on-%) ## test on 6.1, 6.12 and 7.2 (AMD) and 6.1 (Intel), all emulated
+test: test-static test-unit $(TEST_HOSTS:%=test-on-%) $(if $(filter svm-%,$(TEST_HOSTS)),test-la57) ## test on 6.1, 6.12 and 7.2 (AMD) and 6.1 (Intel), all emulated
 
 # 72 programs and kinds of stress: more than 100,000 captures.
 test-all: SAMPLES ?= 1400
 .PHONY: test-all
-test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) test-dkms ## test everything on 6.1, 6.12 and 7.2, AMD and Intel each; DKMS
+test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) test-la57 test-dkms ## test everything on 6.1, 6.12 and 7.2, AMD and Intel each; DKMS
 
 .PHONY: test-static
 test-static:
@@ -121,7 +121,7 @@ test-static:
 	@unformatted=$$(gofmt -l bench userspace vm-fixtures); \
 		[ -z "$$unformatted" ] || { echo "gofmt wants: $$unformatted" >&2; exit 1; }
 	go vet ./...
-	go vet -tags kvmhost ./...
+	go vet -tags kvmhost,la57 ./...
 	go vet -tags packaging ./vm-fixtures/packaging
 
 .PHONY: test-unit
@@ -146,6 +146,11 @@ $(HOSTS:%=test-on-%): test-on-%: build fixture
 .PHONY: test-on-here
 test-on-here: build fixture $(HOST_DEPS)
 	$(call test_on,here,,$(wordlist 2,99,$(ON_HOST)))
+
+.PHONY: test-la57
+test-la57: build fixture ## test guests with 5-level paging, on a processor that has it
+	go test -v -count=1 -timeout 10m -tags kvmhost,la57 -run '^TestMode5Level$$' \
+		-exec '$(abspath $(FIXTURE)) run --cpu max --suite $(SUITE) --timeout 10m --' ./vm-fixtures/tests
 
 .PHONY: test-dkms
 test-dkms: $(EACH_SUITE:%=test-dkms-on-%) ## test "make install" and DKMS in a root of each suite, and load what DKMS built

@@ -225,6 +225,11 @@ func sampleProgram(t *testing.T, c *kvmaccess.Client, k *tinyvm.KVM, p program, 
 			t.Fatalf("after %d captures a vCPU stands still at %+v", n, seen)
 		}
 		which := n % len(models)
+		select {
+		case <-threads[which].Done():
+			t.Fatalf("vCPU %d ended: %v", which, threads[which].Err())
+		default:
+		}
 		got, err := c.VCPU(t.Context(), vm.ID, uint32(which))
 		pause()
 		if errors.Is(err, kvmaccess.ErrUnsettled) {
@@ -260,13 +265,6 @@ func sampleProgram(t *testing.T, c *kvmaccess.Client, k *tinyvm.KVM, p program, 
 		}
 		if got.Condition == kvmaccess.ConditionNew && seen[which] != (position{}) {
 			t.Fatalf("sample %d: %v after it ran", n, got.Condition)
-		}
-	}
-	for i, th := range threads {
-		select {
-		case <-th.Done():
-			t.Fatalf("vCPU %d ended: %v", i, th.Err())
-		default:
 		}
 	}
 	return sum

@@ -314,7 +314,8 @@ var programs = []program{
 			{tinyvm.MSRCSTAR, 0x7f04, tinyvm.R9, func(r *kvmaccess.Registers) *uint64 { return &r.CSTAR }},
 			{tinyvm.MSRSFMASK, 0, tinyvm.R9, func(r *kvmaccess.Registers) *uint64 { return &r.SFMASK }},
 			{tinyvm.MSRSysenterESP, 0x7f05, tinyvm.R10, func(r *kvmaccess.Registers) *uint64 { return &r.SysenterESP }},
-			{tinyvm.MSRSysenterEIP, 0x7f06, tinyvm.R10, func(r *kvmaccess.Registers) *uint64 { return &r.SysenterEIP }},
+			// On AMD processors it has 32 bits, and KVM gives no more of it.
+			{tinyvm.MSRSysenterEIP, 0, tinyvm.R10, func(r *kvmaccess.Registers) *uint64 { return &r.SysenterEIP }},
 			{tinyvm.MSRSysenterCS, 0, tinyvm.R10, func(r *kvmaccess.Registers) *uint64 { return &r.SysenterCS }},
 			{tinyvm.MSRFSBase, 0x7f07, tinyvm.R11, func(r *kvmaccess.Registers) *uint64 { return &r.FS.Base }},
 		} {
