@@ -47,6 +47,7 @@ var bochsLine = []string{
 	"nokaslr",                  // random numbers take long to come by
 	"mitigations=off",          // for speed, as
 	"cryptomgr.notests",        // this, which is 700 million instructions
+	"idle=halt",                // an idle CPU need not watch memory
 	"reboot=t",                 // a restart is a triple fault, which ends Bochs
 }
 
