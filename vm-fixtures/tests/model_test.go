@@ -80,6 +80,7 @@ func register(r *kvmaccess.Registers, which tinyvm.Register) *uint64 {
 
 // Bits of RFLAGS.
 const (
+	flagCF = 1 << 0
 	flagPF = 1 << 2
 	flagAF = 1 << 4
 	flagZF = 1 << 6
