@@ -152,6 +152,13 @@ test-la57: build fixture ## test guests with 5-level paging, on a processor that
 	go test -v -count=1 -timeout 10m -tags kvmhost,la57 -run '^TestMode5Level$$' \
 		-exec '$(abspath $(FIXTURE)) run --cpu max --suite $(SUITE) --timeout 10m --' ./vm-fixtures/tests
 
+# The stress takes SEED=N to send again what a run of that seed sent.
+.PHONY: test-sanitizers
+test-sanitizers: build fixture ## test on a kernel with KASAN, lockdep, kmemleak, failing allocations; then loads no sane program causes
+	$(call test_on,sanitizers,-skip '^TestStress$$',run --suite sanitizers)
+	@echo '== stress'
+	$(FIXTURE) run --suite sanitizers --timeout 180m -- $(BIN)/stress $(SEED:%=--seed %) $(STRESS)
+
 .PHONY: test-dkms
 test-dkms: $(EACH_SUITE:%=test-dkms-on-%) ## test "make install" and DKMS in a root of each suite, and load what DKMS built
 
