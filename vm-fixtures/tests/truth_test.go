@@ -103,7 +103,7 @@ func randomise(t *testing.T, v *tinyvm.VCPU, r *rand.Rand) {
 // Every register that a capture has equals what KVM itself says, whatever the
 // value, on vCPUs that never ran and on one that did.
 func TestRegistersAgainstKVM(t *testing.T) {
-	const seed, rounds = 20261123, 200
+	const seed, rounds = 20261123, 100
 	c, k := newClient(t), openKVM(t)
 	for _, ran := range []bool{false, true} {
 		t.Run(fmt.Sprintf("ran=%t", ran), func(t *testing.T) {
