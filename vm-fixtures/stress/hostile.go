@@ -3,12 +3,14 @@
 package stress
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
@@ -36,7 +38,7 @@ const (
 // one entry, a pointer to any of the tables, to the table that it is in, or
 // at random; loads GDTR, with a limit below 256, and IDTR at random; and switches
 // to any of the topmost tables. Once in 65536 rounds it loads a CR3 out of nowhere, which is its
-// last deed: an instruction later it has a triple fault.
+// last deed: no instruction can be fetched then.
 var hostileCode = []byte{
 	0x49, 0xff, 0xc1, // loop: inc r9
 	0x4c, 0x89, 0xc0, 0x48, 0xc1, 0xe0, 0x0d, 0x49, 0x31, 0xc0, // r8 ^= r8 << 13
@@ -93,9 +95,13 @@ var hostileCode = []byte{
 type hostile struct {
 	*tinyvm.Guest
 	vcpu   *tinyvm.VCPU
-	thread *tinyvm.Thread
 	random *rand.Rand
-	deaths int64
+	deaths atomic.Int64
+
+	stop   chan struct{}
+	ended  chan struct{} // closed once err is the outcome of it all
+	err    error
+	thread *tinyvm.Thread
 }
 
 func newHostile(k *tinyvm.KVM, random *rand.Rand) (*hostile, error) {
@@ -103,14 +109,63 @@ func newHostile(k *tinyvm.KVM, random *rand.Rand) (*hostile, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &hostile{Guest: g, vcpu: g.VCPUs[0], random: random}
-	if err = h.reset(); err == nil {
-		h.thread, err = h.vcpu.Start(h.exit)
+	h := &hostile{
+		Guest: g, vcpu: g.VCPUs[0], random: random,
+		stop: make(chan struct{}), ended: make(chan struct{}),
 	}
-	if err != nil {
+	if err = h.begin(); err != nil {
 		return nil, errors.Join(err, g.Close())
 	}
+	go func() {
+		h.err = h.revive()
+		close(h.ended)
+	}()
 	return h, nil
+}
+
+func (h *hostile) begin() error {
+	if err := h.reset(); err != nil {
+		return err
+	}
+	var err error
+	h.thread, err = h.vcpu.Start(h.exit)
+	return err
+}
+
+// revive starts the guest anew whenever it has made no progress for a moment:
+// one that has lost its page tables may fault for ever.
+func (h *hostile) revive() error {
+	var last [10]byte
+	for {
+		select {
+		case <-h.stop:
+			return h.thread.Stop()
+		case <-h.thread.Done():
+			return fmt.Errorf("the hostile guest's thread has ended: %w", h.thread.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+		now, err := h.Bytes(hostileData, uint64(len(last)))
+		if err != nil {
+			return errors.Join(err, h.thread.Stop())
+		}
+		if bytes.Equal(now, last[:]) {
+			h.deaths.Add(1)
+			if err := h.thread.Stop(); err != nil {
+				return err
+			}
+			if err := h.begin(); err != nil {
+				return err
+			}
+		}
+		copy(last[:], now)
+	}
+}
+
+// end stops the guest; it is an error if that had ended by itself.
+func (h *hostile) end() error {
+	close(h.stop)
+	<-h.ended
+	return h.err
 }
 
 // reset gives the guest tables that point to each other, with the entry 0
@@ -147,12 +202,13 @@ func (h *hostile) reset() error {
 	return h.vcpu.SetRegs(r)
 }
 
-// exit lets a dead guest lie for a moment, as it died, and starts it anew.
+// exit lets a guest that had a triple fault lie for a moment, as it died, and
+// starts it anew.
 func (h *hostile) exit(e *tinyvm.Exit) (bool, error) {
 	if e.Reason != tinyvm.ExitShutdown {
 		return false, fmt.Errorf("the guest ended otherwise: %v", e)
 	}
-	h.deaths++
+	h.deaths.Add(1)
 	time.Sleep(time.Millisecond)
 	return true, h.reset()
 }
@@ -176,13 +232,8 @@ func Hostile(ctx context.Context, c HostileConfig) (*Report, error) {
 		return r, err
 	}
 	err = sampleHostile(ctx, c, r, client, h)
-	err = errors.Join(err, h.thread.Stop())
-	if err == nil {
-		var regs tinyvm.Regs
-		regs, err = h.vcpu.Regs()
-		r.Add("rounds of the guest", h.deaths<<16+int64(regs.R9))
-		r.Add("deaths", h.deaths)
-	}
+	err = errors.Join(err, h.end())
+	r.Add("deaths of the guest", h.deaths.Load())
 	return r, errors.Join(err, h.Close())
 }
 
@@ -242,8 +293,8 @@ func samples(ctx context.Context, d time.Duration, seed uint64, r *Report, clien
 			rng := rand.New(rand.NewPCG(seed, uint64(i+1)))
 			for time.Now().Before(end) && ctx.Err() == nil && errs[i] == nil {
 				select {
-				case <-h.thread.Done():
-					errs[i] = fmt.Errorf("the hostile guest's thread has ended: %w", h.thread.Err())
+				case <-h.ended:
+					errs[i] = h.err
 				default:
 					errs[i] = way(ctx, rng)
 				}
