@@ -151,7 +151,7 @@ $(filter test-on-svm-%,$(HOSTS:%=test-on-%)): test-on-%: build fixture
 # which Linux does not survive, and 6.12 stood still in "HLT and IPI". Of a
 # guest that KVM enters with interrupts off it takes no interrupt of the host's
 # until the guest has had them on, so system management mode is left out.
-VMX_GUESTS := ^Test(Info|VMs|MemslotAddresses|Memory|MemoryBeyondLimits|RangesPartlyBad|Tables|KernelByItsSymbols|RegistersAgainstQEMU|RegistersAgainstGuest|MSRs|HaltedVCPU|BadRequests|ClientErrors|NotRoot)$$
+VMX_GUESTS := ^Test(Info|VMs|MemslotAddresses|Memory|MemoryBeyondLimits|RangesPartlyBad|Tables|RegistersAgainstQEMU|RegistersAgainstGuest|MSRs|HaltedVCPU|BadRequests|ClientErrors|NotRoot)$$
 VMX_TINY := ^Test(RegistersAgainstKVM|Condition.*|Methods|CPUOffline|Invariants|Modes|PageTableIsolation|VCPUsAddedWhileRead)$$
 VMX_SKIP := ^TestInvariants$$/(page_faults|HLT_and_IPI)
 VMX_SAMPLES := 40
