@@ -125,7 +125,7 @@ func Measure(ctx context.Context, n int) (*Run, error) {
 // part of KVM_RUN only if it is met there again and again.
 const (
 	maxMisses = 50
-	enough    = 20
+	enough    = 6 // for an interval
 )
 
 func (s situation) measure(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, n int) (samples []Sample, err error) {
