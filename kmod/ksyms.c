@@ -9,12 +9,16 @@ static const char *missing[KVMACCESS_KSYMS_MISSING_MAX];
 static DEFINE_SPINLOCK(missing_lock);
 
 /*
- * kallsyms_lookup_name() is not exported; a kprobe on it, never armed for
- * longer than it takes to read its address, says where it is.
+ * kallsyms_lookup_name() is not exported; a kprobe on it says where it is. It
+ * is never armed: no code is patched for it, and unregistering it needs no
+ * memory, for want of which the kernel would warn.
  */
 static const void * __init find_lookup(void)
 {
-	struct kprobe probe = { .symbol_name = "kallsyms_lookup_name" };
+	struct kprobe probe = {
+		.symbol_name = "kallsyms_lookup_name",
+		.flags = KPROBE_FLAG_DISABLED,
+	};
 	const void *lookup;
 	int err;
 
