@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"slices"
 	"sync"
@@ -47,6 +48,8 @@ type journal struct {
 	guests   map[string]*guestState
 	dirty    map[string]struct{} // keys of guests that changed since they were stored
 	position bool                // written changed since it was stored
+	failing  bool                // what is raised cannot be stored
+	ending   bool                // Shutdown has begun
 	pruned   uint64
 	raised   uint64 // since the start
 	dropped  uint64
@@ -122,6 +125,9 @@ func (j *journal) Run(ctx context.Context) error {
 // Shutdown writes and stores what is left.
 func (j *journal) Shutdown() error {
 	if j.storing != nil {
+		j.mu.Lock()
+		j.ending = true
+		j.mu.Unlock()
 		if !j.finish(j.stopWriting, j.writing) || !j.finish(j.stopStoring, j.storing) {
 			// The store is in use by what does not end; it is sound without
 			// being closed.
@@ -352,9 +358,10 @@ func (j *journal) storeBatch() (more bool, err error) {
 
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if err != nil {
+	if j.failing = err != nil; j.failing {
 		maps.Copy(j.dirty, dirty)
 		j.position = j.position || position
+		j.notify() // writeBatch does not wait for the store any more
 		return false, fmt.Errorf("%s cannot be written, so findings and baselines do not survive a restart: %w", j.store.db.Path(), unwrapPath(err))
 	}
 	if n := len(w.records); n > 0 {
@@ -366,18 +373,28 @@ func (j *journal) storeBatch() (more bool, err error) {
 		if len(j.unstored) == 0 {
 			j.unstored = nil
 		}
+		j.notify() // writeBatch waits for it
 	}
 	j.pruned = max(j.pruned, w.prune)
 	return true, nil
 }
 
+// writeBatch writes out what is stored: a daemon that is killed in between
+// would not know, the next time, what it had told, and would tell it again
+// under another number. Only where the store fails, the file goes first.
 func (j *journal) writeBatch() (more bool, err error) {
 	j.mu.Lock()
-	from := j.written
+	from, upTo := j.written, j.stored
+	if j.failing || j.ending {
+		upTo = math.MaxUint64
+	}
 	j.mu.Unlock()
 	records, err := j.after(from, batch)
 	if err != nil {
 		return false, fmt.Errorf("findings to be written to %s cannot be read: %w", j.sink.name, err)
+	}
+	for len(records) > 0 && records[len(records)-1].Seq > upTo {
+		records = records[:len(records)-1]
 	}
 	if len(records) == 0 {
 		return false, nil
