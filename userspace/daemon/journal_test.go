@@ -235,6 +235,35 @@ func TestJournalKilled(t *testing.T) {
 	}
 }
 
+// What stands in the file is in the store: whoever is killed has told nothing
+// that it does not know the next time.
+func TestJournalStoresFirst(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		j := startJournal(t, dir, nil)
+		put, release := j.put, make(chan struct{})
+		j.mu.Lock()
+		j.put = func(w write) error {
+			<-release
+			return put(w)
+		}
+		j.mu.Unlock()
+		raise(j, 3)
+		synctest.Wait()
+		if text, err := os.ReadFile(j.config.Findings); err == nil || !os.IsNotExist(err) {
+			t.Errorf("written before they are stored: %q, %v", text, err)
+		}
+		close(release)
+		synctest.Wait()
+		if _, unwritten := j.counts(); unwritten > 0 {
+			t.Errorf("%d findings are stored and not written", unwritten)
+		}
+		if err := j.Shutdown(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestJournalPrunes(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
