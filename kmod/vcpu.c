@@ -184,8 +184,14 @@ static int read_state(struct capture *c, bool loaded)
 	c->loaded = loaded;
 	s->condition = condition_of(vcpu, loaded);
 	s->flags = 0;
+	/*
+	 * An exit amid the delivery of an exception, for the page of a stack or
+	 * of the IDT, is noted before interrupts are on again. CR2 or DR6 is that
+	 * of the exception by then, RIP that of the instruction before it.
+	 */
 	if (s->condition == KVMACCESS_CONDITION_HOST ||
-	    s->condition == KVMACCESS_CONDITION_PREEMPTED)
+	    s->condition == KVMACCESS_CONDITION_PREEMPTED ||
+	    READ_ONCE(vcpu->arch.exception.injected))
 		s->flags |= KVMACCESS_VCPU_F_UNSETTLED;
 	if (vcpu->arch.hflags & HF_GUEST_MASK)
 		s->flags |= KVMACCESS_VCPU_F_NESTED;

@@ -156,8 +156,9 @@ enum kvmaccess_a_memslot {
  * Where a vCPU was when its state was taken. All registers are of one instant.
  * In HOST and PREEMPTED KVM itself may be carrying out the instruction that
  * the guest left off at, and writes its results one by one: that instant is
- * then no boundary between two instructions, and UNSETTLED is set. A vCPU on a
- * CPU is looked at several times before it is given as HOST.
+ * then no boundary between two instructions, and UNSETTLED is set; so it is
+ * where an exception is still to be delivered whose CR2 is there already. A
+ * vCPU on a CPU is looked at several times before it is given so.
  */
 enum kvmaccess_condition {
 	KVMACCESS_CONDITION_UNKNOWN,
