@@ -76,8 +76,9 @@ var situations = []situation{
 }
 
 // Measure takes n captures in each condition that the host has CPUs enough
-// for, on the host that it runs on, one that vmfixture booted.
-func Measure(ctx context.Context, n int) (*Run, error) {
+// for, and that needs at least cpus of them, on the host that it runs on, one
+// that vmfixture booted.
+func Measure(ctx context.Context, n, cpus int) (*Run, error) {
 	if err := boot.LoadModule(filepath.Join(os.Getenv(host.Env), host.ModuleFile), ""); err != nil {
 		return nil, err
 	}
@@ -108,7 +109,7 @@ func Measure(ctx context.Context, n int) (*Run, error) {
 		return nil, err
 	}
 	for _, s := range situations {
-		if s.cpus > r.CPUs {
+		if s.cpus > r.CPUs || s.cpus < cpus {
 			continue
 		}
 		samples, err := s.measure(ctx, c, k, n)

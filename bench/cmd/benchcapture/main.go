@@ -35,6 +35,7 @@ func main() {
 	out := flag.String("out", "results/capture", "`directory` for the results")
 	suite := flag.String("suite", "bookworm", "Debian suite of the hosts")
 	n := flag.Int("n", 1000, "captures in each condition; a tenth of that under Bochs")
+	cpus := flag.Int("cpus", 1, "on a host: only conditions that need so many CPUs of it")
 	flag.Parse()
 	if flag.NArg() > 0 || *n < 60 {
 		fmt.Fprintln(os.Stderr, "benchcapture: no arguments, and at least 60 captures: see -help")
@@ -42,7 +43,7 @@ func main() {
 	}
 	var err error
 	if os.Getenv(host.Env) != "" {
-		err = inside(ctx, *n)
+		err = inside(ctx, *n, *cpus)
 	} else {
 		err = measure(ctx, *out, *suite, *n)
 	}
@@ -53,8 +54,8 @@ func main() {
 }
 
 // inside measures on this very host and writes what it finds as JSON.
-func inside(ctx context.Context, n int) error {
-	r, err := capture.Measure(ctx, n)
+func inside(ctx context.Context, n, cpus int) error {
+	r, err := capture.Measure(ctx, n, cpus)
 	if err != nil {
 		return err
 	}
@@ -82,14 +83,16 @@ func measure(ctx context.Context, out, suite string, n int) error {
 	for _, h := range []struct {
 		clock capture.Clock
 		n     int
+		cpus  int // that conditions need at least
 		flags []string
 	}{
-		{capture.QEMUInstructions, n, []string{"--icount"}},
-		{capture.Wall, n, []string{"--smp", "2"}},
-		{capture.BochsInstructions, n / 10, []string{"--vendor", host.VMX, "--smp", "2"}},
+		{capture.QEMUInstructions, n, 1, []string{"--icount"}},
+		{capture.BochsInstructions, n / 10, 1, []string{"--vendor", host.VMX, "--smp", "1"}},
+		{capture.BochsInstructions, n / 10, 2, []string{"--vendor", host.VMX, "--smp", "2"}},
+		{capture.Wall, n, 1, []string{"--smp", "2"}},
 	} {
 		log.Info("measuring", "clock", h.clock, "captures in each condition", h.n)
-		r, err := take(ctx, dir, append([]string{"--suite", suite}, h.flags...), h.n)
+		r, err := take(ctx, dir, append([]string{"--suite", suite}, h.flags...), h.n, h.cpus)
 		if err != nil {
 			return fmt.Errorf("%s: %w", h.clock, err)
 		}
@@ -108,9 +111,9 @@ func measure(ctx context.Context, out, suite string, n int) error {
 }
 
 // take has captures taken on a host that is booted for it.
-func take(ctx context.Context, dir string, flags []string, n int) (*capture.Run, error) {
+func take(ctx context.Context, dir string, flags []string, n, cpus int) (*capture.Run, error) {
 	args := append([]string{"run", "--timeout", "15m"}, flags...)
-	args = append(args, "--", filepath.Join(dir, "benchcapture"), "-n", strconv.Itoa(n))
+	args = append(args, "--", filepath.Join(dir, "benchcapture"), "-n", strconv.Itoa(n), "-cpus", strconv.Itoa(cpus))
 	var stdout bytes.Buffer
 	cmd := exec.CommandContext(ctx, filepath.Join(dir, "vmfixture"), args...)
 	cmd.Stdout, cmd.Stderr = &stdout, os.Stderr
