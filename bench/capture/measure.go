@@ -126,7 +126,7 @@ func Measure(ctx context.Context, n, cpus int) (*Run, error) {
 // part of KVM_RUN only if it is met there again and again.
 const (
 	maxMisses = 50
-	enough    = 6 // for an interval
+	enough    = 1
 )
 
 func (s situation) measure(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, n int) (samples []Sample, err error) {
