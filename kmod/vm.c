@@ -273,6 +273,9 @@ static void walk(void)
 				find_pid(vm);
 				announce(vm, KVMACCESS_CMD_VM_CREATED);
 				kvmaccess_vm_put(vm);
+			} else {
+				/* On its way out when it was found: nobody ever saw it. */
+				vm->unseen = true;
 			}
 		}
 		if (vm->walk == last_walk && !READ_ONCE(vm->gone))
@@ -281,7 +284,8 @@ static void walk(void)
 		generation++;
 		hash_del_rcu(&vm->hash);
 		list_del(&vm->list);
-		announce(vm, KVMACCESS_CMD_VM_DESTROYED);
+		if (!vm->unseen)
+			announce(vm, KVMACCESS_CMD_VM_DESTROYED);
 		free_entry(vm);
 	}
 }

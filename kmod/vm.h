@@ -25,6 +25,7 @@ struct kvmaccess_vm {
 	refcount_t refs;
 	bool gone;
 	bool fresh;
+	bool unseen;
 	unsigned int pending;	/* events to tell other modules, by BIT(cmd) */
 	struct list_head notify;
 	pid_t pid;
