@@ -198,6 +198,10 @@ demo: build fixture $(HOST_DEPS) ## show the whole chain on running guests; leav
 bench: build fixture ## measure what monitoring costs; leaves results/overhead
 	go run ./bench/cmd/bench $(if $(QUICK),-quick)
 
+.PHONY: bench-capture
+bench-capture: deps ## measure what one capture of a vCPU costs; leaves results/capture
+	go run ./bench/cmd/benchcapture
+
 .PHONY: install
 install: built $(if $(DKMS),dkms-install,module-install) ## install what "make" built: module, programs, completions, service
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(BIN)/kvmaccess
