@@ -15,14 +15,17 @@ func TestWindow(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer loops.stop()
-	const length = 50 * time.Millisecond
-	w, err := loops.window(t.Context(), length)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// How long it takes to wake up is the machine's affair.
-	if w.Elapsed < length || w.Loops == 0 {
-		t.Errorf("%+v", w)
+	// How long it takes to wake up is the machine's affair, and whether a loop
+	// of the lowest priority gets any time: it gets some in the end.
+	for length, counted := 50*time.Millisecond, false; !counted; length *= 2 {
+		w, err := loops.window(t.Context(), length)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if w.Elapsed < length || length > time.Minute {
+			t.Fatalf("in a window of %v: %+v", length, w)
+		}
+		counted = w.Loops > 0
 	}
 	ended := errors.New("ended")
 	ctx, cancel := context.WithCancelCause(t.Context())
