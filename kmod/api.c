@@ -56,8 +56,9 @@ int kvmaccess_walk_vms(int (*fn)(const struct kvmaccess_vm_info *vm, void *arg),
 			return PTR_ERR_OR_ZERO(vm);
 		kvmaccess_vm_info(vm, &info);
 		kvmaccess_account_op(&vm->account, KVMACCESS_CMD_VM_GET, start, 0, 0);
-		err = fn(&info, arg);
+		/* However long @fn takes, no VM waits for it. */
 		kvmaccess_vm_put(vm);
+		err = fn(&info, arg);
 	}
 	return err;
 }

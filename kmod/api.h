@@ -81,8 +81,7 @@ struct kvmaccess_vcpu_state {
 
 /*
  * Call @fn for each VM that is there now, by rising id, until it returns something else than 0,
- * which is returned then. No lock is held meanwhile; the VM's destruction
- * waits for @fn.
+ * which is returned then. Neither a lock nor the VM is held meanwhile.
  */
 int kvmaccess_walk_vms(int (*fn)(const struct kvmaccess_vm_info *vm, void *arg),
 		       void *arg);

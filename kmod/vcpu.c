@@ -327,7 +327,8 @@ static int capture_by_loading(struct capture *c)
 	c->state->condition = READ_ONCE(vcpu->arch.last_vmentry_cpu) == -1 ?
 			      KVMACCESS_CONDITION_NEW : KVMACCESS_CONDITION_USER;
 	c->state->method = KVMACCESS_METHOD_LOADED;
-	c->state->flags &= ~KVMACCESS_VCPU_F_UNSETTLED;
+	if (!vcpu->arch.exception.injected)
+		c->state->flags &= ~KVMACCESS_VCPU_F_UNSETTLED;
 	c->loaded = false;
 	if (!c->err && c->state->flags & KVMACCESS_VCPU_F_EMULATING)
 		read_emulated(vcpu, c->state);
