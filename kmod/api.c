@@ -120,26 +120,6 @@ static int read(struct kvmaccess_vm *vm, u32 as_id,
 	return 0;
 }
 
-int kvmaccess_read_physical(u64 id, u64 gpa, void *to, u32 len)
-{
-	u64 start = ktime_get_ns();
-	struct kvmaccess_vm *vm;
-	int err;
-
-	if (!len || gpa + len - 1 < gpa)
-		return -EINVAL;
-	vm = kvmaccess_vm_get(id, NULL);
-	if (IS_ERR(vm)) {
-		kvmaccess_account_op(NULL, KVMACCESS_CMD_MEM_READ, start, PTR_ERR(vm), 0);
-		return PTR_ERR(vm);
-	}
-	err = read(vm, 0, NULL, gpa, to, len);
-	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_MEM_READ, start, err, err ? 0 : len);
-	kvmaccess_vm_put(vm);
-	return err;
-}
-EXPORT_SYMBOL_GPL(kvmaccess_read_physical);
-
 static int read_virtual(struct kvmaccess_vm *vm, u32 vcpu, u64 root, u64 gva,
 			void *to, u32 len)
 {
@@ -170,22 +150,35 @@ static int read_virtual(struct kvmaccess_vm *vm, u32 vcpu, u64 root, u64 gva,
 	return read(vm, as_id, &paging, gva, to, len);
 }
 
-int kvmaccess_read_virtual(u64 id, u32 vcpu, u64 root, u64 gva, void *to, u32 len)
+/* @vcpu is NULL for a guest-physical address. */
+static int read_guest(u64 id, const u32 *vcpu, u64 root, u64 address, void *to, u32 len)
 {
 	u64 start = ktime_get_ns();
 	struct kvmaccess_vm *vm;
 	int err;
 
-	if (!len)
+	if (!len || address + len - 1 < address)
 		return -EINVAL;
 	vm = kvmaccess_vm_get(id, NULL);
 	if (IS_ERR(vm)) {
 		kvmaccess_account_op(NULL, KVMACCESS_CMD_MEM_READ, start, PTR_ERR(vm), 0);
 		return PTR_ERR(vm);
 	}
-	err = read_virtual(vm, vcpu, root, gva, to, len);
+	err = vcpu ? read_virtual(vm, *vcpu, root, address, to, len) :
+		     read(vm, 0, NULL, address, to, len);
 	kvmaccess_account_op(&vm->account, KVMACCESS_CMD_MEM_READ, start, err, err ? 0 : len);
 	kvmaccess_vm_put(vm);
 	return err;
+}
+
+int kvmaccess_read_physical(u64 id, u64 gpa, void *to, u32 len)
+{
+	return read_guest(id, NULL, 0, gpa, to, len);
+}
+EXPORT_SYMBOL_GPL(kvmaccess_read_physical);
+
+int kvmaccess_read_virtual(u64 id, u32 vcpu, u64 root, u64 gva, void *to, u32 len)
+{
+	return read_guest(id, &vcpu, root, gva, to, len);
 }
 EXPORT_SYMBOL_GPL(kvmaccess_read_virtual);
