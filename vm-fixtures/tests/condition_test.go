@@ -71,9 +71,12 @@ func TestConditionGuest(t *testing.T) {
 		t.Errorf("on CPU %d by thread %d, taken by method %v, flags %v; want CPU %d, thread %d, %v, none",
 			s.CPU, s.TID, s.Method, s.Flags, vcpuCPU, g.Threads()[0].TID(), kvmaccess.MethodInterrupt)
 	}
-	// Nothing else has that CPU, and nothing makes the guest exit but the
-	// capture and the host's clock.
-	if seen := share(t, c, vm.ID, 0); seen[kvmaccess.ConditionGuest] < 450 {
+	// Nothing makes the guest exit but the capture and the host's clock. Of
+	// what shares that CPU only the kernel's own threads preempt it, as often
+	// as they have something to do.
+	if seen := share(t, c, vm.ID, 0); seen[kvmaccess.ConditionGuest] < 9*seen[kvmaccess.ConditionHost] ||
+		seen[kvmaccess.ConditionGuest] < seen[kvmaccess.ConditionPreempted] ||
+		seen[kvmaccess.ConditionHalted]+seen[kvmaccess.ConditionUser]+seen[kvmaccess.ConditionNew] > 0 {
 		t.Errorf("a spinning vCPU with a CPU to itself: %v", seen)
 	}
 	stopped(t, g)
