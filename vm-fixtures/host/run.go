@@ -70,7 +70,8 @@ var ErrTrouble = errors.New("the emulated host is in trouble")
 
 // Run boots the host and returns the command's exit code. An error says that
 // the host failed: it did not come up, its kernel complained, it ended
-// without the closing record, or took too long.
+// without the closing record, or took too long. Where the console proves that
+// it was the emulator's fault, all is run once more.
 func Run(ctx context.Context, c Config) (code int, err error) {
 	if len(c.Args) == 0 {
 		return 0, errors.New("no command to run")
@@ -84,7 +85,17 @@ func Run(ctx context.Context, c Config) (code int, err error) {
 		return 0, err
 	}
 	defer root.Close()
+	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
+	defer cancel()
+	code, err = runOnce(ctx, root, c)
+	if errors.Is(err, errContradiction) {
+		c.Log.Error("once more, from the start", "because", err)
+		code, err = runOnce(ctx, root, c)
+	}
+	return code, err
+}
 
+func runOnce(ctx context.Context, root *cache.Root, c Config) (code int, err error) {
 	dir, err := os.MkdirTemp("", "kvmaccess-host-")
 	if err != nil {
 		return 0, err
@@ -99,8 +110,6 @@ func Run(ctx context.Context, c Config) (code int, err error) {
 		}
 		err = os.RemoveAll(dir)
 	}()
-	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
-	defer cancel()
 	return bootAndRelay(ctx, dir, root, c)
 }
 
@@ -206,6 +215,7 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 		trouble = append(trouble, fmt.Errorf("its console says %q", m))
 	}
 	if err := errors.Join(trouble...); err != nil {
+		err = errors.Join(err, contradiction(console))
 		return 0, fmt.Errorf("%w: %w\nend of its console:\n%s", ErrTrouble, err, tail(console, 60))
 	}
 	c.Log.Info("the host is done", "exit", r.code, "seconds", int(time.Since(start).Seconds()))
