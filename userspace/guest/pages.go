@@ -5,6 +5,8 @@ package guest
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
@@ -24,6 +26,19 @@ func (m Pages) ReadPhysical(_ context.Context, gpa uint64, p []byte) error {
 		gpa += uint64(n)
 	}
 	return nil
+}
+
+// Regions implements Regions.
+func (m Pages) Regions(context.Context) ([]Region, error) {
+	var out []Region
+	for _, frame := range slices.Sorted(maps.Keys(m)) {
+		if n := len(out); n > 0 && out[n-1].GPA+out[n-1].Size == frame {
+			out[n-1].Size += 4096
+			continue
+		}
+		out = append(out, Region{GPA: frame, Size: 4096})
+	}
+	return out, nil
 }
 
 // WritePhysical copies p to guest-physical address gpa on, adding pages.

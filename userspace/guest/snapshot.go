@@ -5,6 +5,7 @@ package guest
 import (
 	"bufio"
 	"compress/gzip"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -27,6 +28,17 @@ type Snapshot struct {
 func (s *Snapshot) Machine() *Machine {
 	return &Machine{VM: s.VM, CPUs: s.CPUs, Memory: s.Pages}
 }
+
+// VCPUs implements Source.
+func (s *Snapshot) VCPUs(context.Context) ([]kvmaccess.VCPU, error) { return slices.Clone(s.CPUs), nil }
+
+// ReadPhysical implements Source.
+func (s *Snapshot) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error {
+	return s.Pages.ReadPhysical(ctx, gpa, p)
+}
+
+// Regions implements Regions.
+func (s *Snapshot) Regions(ctx context.Context) ([]Region, error) { return s.Pages.Regions(ctx) }
 
 // A snapshot file is, compressed by gzip: the magic line, a little-endian u32
 // with the length of the header, the header in JSON, then the pages by

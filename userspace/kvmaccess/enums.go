@@ -138,7 +138,7 @@ const (
 	VCPUUnsettled                       // KVM may be amid an instruction: see ConditionHost
 )
 
-var vcpuFlagNames = []string{"nested", "smm", "emulating", "unsettled"}
+var vcpuFlagNames = []string{0: "nested", "smm", "emulating", "unsettled", 31: "partial"}
 
 // String returns the names of the bits, separated by commas.
 func (f VCPUFlags) String() string { return flagsString(uint32(f), vcpuFlagNames) }
@@ -236,7 +236,7 @@ func enumParse(v *uint32, what string, text []byte, names []string) error {
 func flagsString(v uint32, names []string) string {
 	var words []string
 	for i, n := range names {
-		if v&(1<<i) != 0 {
+		if n != "" && v&(1<<i) != 0 {
 			words = append(words, n)
 			v &^= 1 << i
 		}
@@ -253,7 +253,7 @@ func flagsParse(v *uint32, what string, text []byte, names []string) error {
 	words:
 		for word := range strings.SplitSeq(string(text), ",") {
 			for i, n := range names {
-				if n == word {
+				if n != "" && n == word {
 					sum |= 1 << i
 					continue words
 				}

@@ -131,6 +131,11 @@ type VCPU struct {
 	Registers `json:"registers"`
 }
 
+// VCPUPartial in VCPU.Flags, which the module never sets: the state comes out
+// of a memory dump that lacks STAR, LSTAR, CSTAR, SFMASK, SYSENTER_*, PAT, CR8
+// and the debug registers. These are 0, and EFER is what the rest implies.
+const VCPUPartial VCPUFlags = 1 << 31
+
 // Table is a descriptor table of a vCPU, whole or a part of it.
 type Table struct {
 	VM        VMID      `json:"vm"`
