@@ -2,7 +2,10 @@
 
 package guest
 
-import "fmt"
+import (
+	"fmt"
+	"iter"
+)
 
 // Image is a kernel's symbols where the kernel runs: moved by the slide that
 // address-space randomization gave it.
@@ -41,6 +44,21 @@ func (m *Image) Lookup(name string) (uint64, bool) {
 		return sym.Address, true
 	}
 	return m.wrap(sym.Address + m.Slide), true
+}
+
+// All are the symbols where they run: the kernel image's by address, then the
+// modules'.
+func (m *Image) All() iter.Seq[Symbol] {
+	return func(yield func(Symbol) bool) {
+		for sym := range m.Symbols.All() {
+			if !sym.Absolute() {
+				sym.Address = m.wrap(sym.Address + m.Slide)
+			}
+			if !yield(sym) {
+				return
+			}
+		}
+	}
 }
 
 // Next gives the running address of the first symbol above a running address.

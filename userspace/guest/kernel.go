@@ -4,7 +4,7 @@ package guest
 
 import (
 	"context"
-	"time"
+	"fmt"
 
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
@@ -42,6 +42,23 @@ type Kernel struct {
 	Rodata      Extent           // __start_rodata..__end_rodata
 	Bases       Bases
 	Fingerprint Fingerprint
+	// Tables are where the kernel has its symbol table, in memory that it does
+	// not change.
+	Tables []Extent
+	// Doubts are contradictions in what the guest says of itself. An honest
+	// kernel has none.
+	Doubts []Doubt
+}
+
+// Doubt is a contradiction between two things that a guest says of itself: one
+// of them, or what was made of it, is wrong.
+type Doubt struct {
+	Object string `json:"object"` // symbol, table or register
+	Reason string `json:"reason"`
+}
+
+func (k *Kernel) doubt(object, format string, args ...any) {
+	k.Doubts = append(k.Doubts, Doubt{object, fmt.Sprintf(format, args...)})
 }
 
 // View is the kernel read through Space.View: for one operation of many small
@@ -50,26 +67,4 @@ func (k *Kernel) View() *Kernel {
 	v := *k
 	v.Space = k.Space.View()
 	return &v
-}
-
-// Bases are where a kernel has its regions of virtual memory in this boot.
-// 0: not known.
-type Bases struct {
-	Text      uint64 `json:"text"`       // KASLR slide of the image, against 0xffffffff81000000
-	DirectMap uint64 `json:"direct_map"` // of all physical memory: page_offset_base
-	Vmalloc   uint64 `json:"vmalloc"`    // vmalloc_base
-	Vmemmap   uint64 `json:"vmemmap"`    // vmemmap_base: struct page of each frame
-	Physical  uint64 `json:"physical"`   // guest-physical address of _text
-}
-
-// Fingerprint says which kernel runs, and which run of it this is. What the
-// guest does not tell is empty.
-type Fingerprint struct {
-	Release      string    `json:"release"`                // as uname -r
-	Version      string    `json:"version"`                // the banner: "Linux version ..."
-	BuildID      string    `json:"build_id,omitempty"`     // GNU build id of vmlinux, hexadecimal
-	CommandLine  string    `json:"command_line,omitempty"` // saved_command_line
-	BootTime     time.Time `json:"boot_time,omitzero"`
-	Distribution string    `json:"distribution,omitempty"` // "Debian 6.1.148-1": from the banner
-	Tables       string    `json:"tables,omitempty"`       // SHA-256 of the symbol tables' bytes, hexadecimal
 }

@@ -5,8 +5,8 @@ package guest
 import "context"
 
 // PageCache reads whole pages of a Memory and keeps them: for a walk over many
-// neighbouring page-table entries. What it gave once it gives for ever; it is
-// to be dropped with the operation that it was made for.
+// neighbouring page-table entries or objects. What it gave once it gives for
+// ever; it is to be dropped with the operation that it was made for.
 type PageCache struct {
 	mem   Memory
 	pages map[uint64]*[4096]byte
@@ -20,27 +20,61 @@ func NewPageCache(mem Memory) *PageCache {
 	return &PageCache{mem: mem, pages: map[uint64]*[4096]byte{}}
 }
 
-// maxCachedPages bounds what hostile page tables can make a cache hold: 16 MiB.
-const maxCachedPages = 4096
+const (
+	// maxCachedPages bounds what hostile page tables can make a cache hold:
+	// 16 MiB.
+	maxCachedPages = 4096
+	// bulk is from how many bytes on a read is not worth keeping.
+	bulk = 128 << 10
+)
 
-// ReadPhysical implements Memory.
+// ReadPhysical implements Memory. What is large is read at once and not kept.
 func (c *PageCache) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error {
+	if len(p) >= bulk {
+		return c.mem.ReadPhysical(ctx, gpa, p)
+	}
 	for len(p) > 0 {
 		frame, offset := gpa&^4095, gpa&4095
 		page := c.pages[frame]
 		if page == nil {
-			page = new([4096]byte)
-			if err := c.mem.ReadPhysical(ctx, frame, page[:]); err != nil {
+			if err := c.fill(ctx, frame, offset+uint64(len(p))); err != nil {
 				return err
 			}
-			if len(c.pages) >= maxCachedPages {
-				clear(c.pages)
-			}
-			c.pages[frame] = page
+			page = c.pages[frame]
 		}
 		n := copy(p, page[offset:])
 		p = p[n:]
 		gpa += uint64(n)
+	}
+	return nil
+}
+
+// fill reads the page at frame and, at once, those behind it that size bytes
+// reach into and that are not there yet.
+func (c *PageCache) fill(ctx context.Context, frame, size uint64) error {
+	count := uint64(1)
+	for count*4096 < size && c.pages[frame+count*4096] == nil {
+		count++
+	}
+	if uint64(len(c.pages))+count > maxCachedPages {
+		clear(c.pages)
+	}
+	pages := make([][4096]byte, count)
+	if count == 1 {
+		if err := c.mem.ReadPhysical(ctx, frame, pages[0][:]); err != nil {
+			return err
+		}
+	} else {
+		data := make([]byte, count*4096)
+		if err := c.mem.ReadPhysical(ctx, frame, data); err != nil {
+			return err
+		}
+		for i := range pages {
+			copy(pages[i][:], data[i*4096:])
+		}
+	}
+	for i := range pages {
+		c.pages[frame+uint64(i)*4096] = &pages[i]
 	}
 	return nil
 }

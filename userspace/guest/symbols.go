@@ -5,12 +5,17 @@ package guest
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
+	"iter"
+	"math/bits"
+	"slices"
 	"sort"
 	"strconv"
-	"strings"
+	"sync"
 )
 
 // Symbol is a name of an address.
@@ -34,8 +39,17 @@ func (s Symbol) Text() bool {
 // change once parsed and may be shared.
 type Symbols struct {
 	symbols []Symbol // by address; of equal ones in the file's order
-	names   []uint32 // indices of the kernel image's symbols by name, then by position in symbols
 	long    bool     // of a 64-bit kernel
+	once    sync.Once
+	names   nameIndex
+}
+
+// nameIndex finds the kernel image's symbols by name. Each number is an index
+// of symbols, plus 1.
+type nameIndex struct {
+	seed  maphash.Seed
+	first []uint32 // by hash of the name
+	next  []uint32 // by index: the next one, by address, with that hash
 }
 
 // Bounds of what ParseSymbols takes.
@@ -99,7 +113,7 @@ func ParseSymbols(r io.Reader) (*Symbols, error) {
 	case zero:
 		return nil, ErrZeroAddresses
 	}
-	s.index()
+	s.sort()
 	return s, nil
 }
 
@@ -152,21 +166,29 @@ func symbolType(c byte) bool {
 	return c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z' || c == '?' || c == '-'
 }
 
+// sort puts the symbols in order.
+func (s *Symbols) sort() {
+	byAddress := func(a, b Symbol) int { return cmp.Compare(a.Address, b.Address) }
+	if !slices.IsSortedFunc(s.symbols, byAddress) {
+		slices.SortStableFunc(s.symbols, byAddress)
+	}
+}
+
 func (s *Symbols) index() {
-	sort.SliceStable(s.symbols, func(i, j int) bool { return s.symbols[i].Address < s.symbols[j].Address })
-	s.names = make([]uint32, 0, len(s.symbols))
-	for i := range s.symbols {
+	x := &s.names
+	x.seed = maphash.MakeSeed()
+	x.first = make([]uint32, 1<<bits.Len(uint(len(s.symbols))))
+	x.next = make([]uint32, len(s.symbols))
+	for i := len(s.symbols) - 1; i >= 0; i-- {
 		if s.symbols[i].Module == "" {
-			s.names = append(s.names, uint32(i))
+			slot := &x.first[x.slot(s.symbols[i].Name)]
+			x.next[i], *slot = *slot, uint32(i+1)
 		}
 	}
-	sort.Slice(s.names, func(i, j int) bool {
-		a, b := s.names[i], s.names[j]
-		if c := strings.Compare(s.symbols[a].Name, s.symbols[b].Name); c != 0 {
-			return c < 0
-		}
-		return a < b
-	})
+}
+
+func (x *nameIndex) slot(name string) uint64 {
+	return maphash.String(x.seed, name) & uint64(len(x.first)-1)
 }
 
 // Len is the number of symbols.
@@ -175,33 +197,38 @@ func (s *Symbols) Len() int { return len(s.symbols) }
 // Long says whether they are a 64-bit kernel's.
 func (s *Symbols) Long() bool { return s.long }
 
+// All are the symbols, by address.
+func (s *Symbols) All() iter.Seq[Symbol] { return slices.Values(s.symbols) }
+
 // Lookup finds a symbol of the kernel image by name; modules' are not looked
 // at, since anyone who loads one names them. Of several, the one with the
 // lowest address is returned.
 func (s *Symbols) Lookup(name string) (Symbol, bool) {
-	all := s.named(name)
-	if len(all) == 0 {
-		return Symbol{}, false
+	for i := range s.named(name) {
+		return s.symbols[i], true
 	}
-	return s.symbols[all[0]], true
+	return Symbol{}, false
 }
 
 // LookupAll finds all symbols of the kernel image with the name, by address.
 func (s *Symbols) LookupAll(name string) []Symbol {
 	var found []Symbol
-	for _, i := range s.named(name) {
+	for i := range s.named(name) {
 		found = append(found, s.symbols[i])
 	}
 	return found
 }
 
-func (s *Symbols) named(name string) []uint32 {
-	low := sort.Search(len(s.names), func(i int) bool { return s.symbols[s.names[i]].Name >= name })
-	high := low
-	for high < len(s.names) && s.symbols[s.names[high]].Name == name {
-		high++
+// named are the indices of the kernel image's symbols with the name.
+func (s *Symbols) named(name string) iter.Seq[int] {
+	s.once.Do(s.index)
+	return func(yield func(int) bool) {
+		for i := s.names.first[s.names.slot(name)]; i != 0; i = s.names.next[i-1] {
+			if s.symbols[i-1].Name == name && !yield(int(i-1)) {
+				return
+			}
+		}
 	}
-	return s.names[low:high]
 }
 
 // At returns the symbols at the highest address not above addr, in the file's

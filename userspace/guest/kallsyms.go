@@ -1,0 +1,486 @@
+// SPDX-License-Identifier: MIT
+
+package guest
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"sort"
+)
+
+// The kernel's own symbol table (kernel/kallsyms.c, scripts/kallsyms.c) is in
+// its read-only data: compressed names, a marker for each 256th of them, the
+// tokens that names are made of, and addresses. Which order these come in, how
+// they are aligned and how addresses are written changed from version to
+// version, and distributions port changes back. So each part is found by what
+// it must look like, and believed if it fits the others:
+//
+//   - the token table holds 256 strings, the digits each for themselves, and
+//     the token index behind it says where each begins;
+//   - markers go up from 0, and stand behind the names that they point into;
+//   - names are a chain of lengths that meets every marker;
+//   - addresses go up, lie in the image, and those of the image's bounds are
+//     where the page tables have them.
+
+// kallsyms is a symbol table as it lies in memory.
+type kallsyms struct {
+	count   int
+	names   []byte // compressed
+	markers []byte // of 4 bytes
+	tokens  [256]string
+	table   []byte // the tokens and their index as they lie in memory
+	layout  addressLayout
+	offsets []byte // of 4 bytes, or addresses of 8
+	at      uint64 // where offsets is, guest-virtual
+	base    uint64 // for layouts that have one
+	// parts is where all that lies.
+	parts []Extent
+}
+
+// addressLayout is how a symbol table writes addresses.
+type addressLayout int
+
+const (
+	// layoutPercpu: base-relative with CONFIG_KALLSYMS_ABSOLUTE_PERCPU: v >= 0
+	// is v, v < 0 is base - 1 - v.
+	layoutPercpu addressLayout = iota
+	// layoutBase: base + v, v unsigned.
+	layoutBase
+	// layoutPlace: the place of v + v.
+	layoutPlace
+	// layoutAbsolute: 8 bytes each.
+	layoutAbsolute
+)
+
+func (l addressLayout) String() string {
+	return [...]string{"base-relative, CPUs' data absolute", "base-relative", "place-relative", "absolute"}[l]
+}
+
+// Bounds of what is taken for a symbol table.
+const (
+	fewestSymbols = 1024
+	mostSymbols   = 4 << 20
+	longestToken  = 256
+	longestName   = 1024 // KSYM_NAME_LEN is 128, since 6.1 512
+	fewestMarkers = fewestSymbols / 256
+)
+
+// errNoKallsyms: there is no symbol table, or none that holds together.
+var errNoKallsyms = errors.New("no symbol table")
+
+// digits is what the token table has for the ten digits, each of which stands
+// for itself because symbols' names have all of them.
+var digits = []byte("0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00")
+
+// section is a run of the guest's bytes.
+type section struct {
+	gva  uint64
+	data []byte
+}
+
+// findKallsyms looks for symbol tables in a section. fits says whether the
+// addresses of a table fit what is known of the running kernel: nil, or why
+// not. The first that does is returned. The error is errNoKallsyms with what
+// came nearest.
+func findKallsyms(s section, fits func(*kallsyms) error) (*kallsyms, error) {
+	nearest := errNoKallsyms
+	for from := 0; ; {
+		i := bytes.Index(s.data[from:], digits)
+		if i < 0 {
+			return nil, nearest
+		}
+		k, err := kallsymsAt(s, from+i, fits)
+		if err == nil {
+			return k, nil
+		}
+		nearest = fmt.Errorf("%w that holds together: that with tokens about %#x: %w", errNoKallsyms, s.gva+uint64(from+i), err)
+		from += i + len(digits)
+	}
+}
+
+// kallsymsAt makes out the symbol table that has its digits at data[zero:].
+func kallsymsAt(s section, zero int, fits func(*kallsyms) error) (*kallsyms, error) {
+	k := &kallsyms{}
+	start, end, err := k.readTokens(s, zero)
+	if err != nil {
+		return nil, err
+	}
+	names, err := k.findNames(s, start)
+	if err != nil {
+		return nil, err
+	}
+	return k, k.findAddresses(s, names, end, fits)
+}
+
+// readTokens takes the tokens, of which that of '0' is at zero, and returns
+// where their table begins and their index ends.
+func (k *kallsyms) readTokens(s section, zero int) (start, end int, err error) {
+	at := zero
+	var length [256]int
+	for i := '0'; i < 256; i++ {
+		rest := s.data[at:min(len(s.data), at+longestToken)]
+		n := bytes.IndexByte(rest, 0)
+		if n < 0 {
+			return 0, 0, fmt.Errorf("token %d does not end", i)
+		}
+		k.tokens[i], length[i] = string(rest[:n]), n+1
+		at += n + 1
+	}
+	// The index has the offset of each token; in front of it is padding.
+	found := 0
+	for _, align := range []int{8, 4, 2} {
+		index := s.align(at, align)
+		if index+512 > len(s.data) {
+			continue
+		}
+		entry := func(i int) int { return int(binary.LittleEndian.Uint16(s.data[index+2*i:])) }
+		start = zero - entry('0')
+		if entry(0) != 0 || start < 0 {
+			continue
+		}
+		good := true
+		for i := 0; i < 255 && good; i++ {
+			n := entry(i+1) - entry(i)
+			switch {
+			case n < 1 || n > longestToken || start+entry(i+1) > at:
+				good = false
+			case i >= '0':
+				good = n == length[i]
+			default:
+				token := s.data[start+entry(i) : start+entry(i+1)]
+				good = bytes.IndexByte(token, 0) == n-1
+				k.tokens[i] = string(token[:n-1])
+			}
+		}
+		if good && start+entry(255)+length[255] == at {
+			found = index + 512
+			break
+		}
+	}
+	if found == 0 {
+		return 0, 0, errors.New("behind the tokens is no index of them")
+	}
+	k.table = s.data[start:found]
+	k.parts = append(k.parts, s.extent(start, found))
+	return start, found, nil
+}
+
+// align is the first offset from off on of which the address is a multiple.
+func (s section) align(off, multiple int) int {
+	at := s.gva + uint64(off)
+	return off + int(-at&uint64(multiple-1))
+}
+
+func (s section) extent(start, end int) Extent {
+	return Extent{s.gva + uint64(start), s.gva + uint64(end)}
+}
+
+func (s section) u32(off int) uint32 { return binary.LittleEndian.Uint32(s.data[off:]) }
+
+// findNames finds the markers and the names in front of the tokens, and
+// returns where the number of names stands.
+func (k *kallsyms) findNames(s section, tokens int) (int, error) {
+	// Between markers and tokens there may be 3 or 4 bytes for each name.
+	const perBlock = 256 * (4 + 4)
+	last := s.align(tokens-4, 4)
+	if last+4 > tokens {
+		last -= 4
+	}
+	tried := 0
+	for end := last; end >= 4; {
+		// A run that goes up, ending at s.data[end+4:].
+		start := end
+		for start >= 4 && plausibleStep(s.u32(start-4), s.u32(start)) {
+			start -= 4
+		}
+		count := (end-start)/4 + 1
+		if s.u32(start) == 0 && count >= fewestMarkers && tokens-(end+4) <= count*perBlock {
+			names, err := k.namesBefore(s, start, count)
+			if err == nil {
+				return names, nil
+			}
+			if tried++; tried == 16 {
+				return 0, err
+			}
+		}
+		if tokens-start > mostSymbols*4 {
+			break
+		}
+		end = start - 4
+	}
+	return 0, errors.New("no markers that point to names stand before the tokens")
+}
+
+// plausibleStep says whether 256 names, each a length and at least a type and
+// a letter in one byte, lie between two markers.
+func plausibleStep(a, b uint32) bool {
+	return a < b && b-a >= 256*2 && b-a <= 256*(longestName+2)
+}
+
+// namesBefore finds the names in front of count markers at data[markers:].
+func (k *kallsyms) namesBefore(s section, markers, count int) (int, error) {
+	final := int(s.u32(markers + 4*(count-1)))
+	// The names end in front of the markers; the last of them, up to 256, have
+	// no marker to tell how long they are.
+	first := max(markers-final-256*(longestName+2)-8, 8)
+	for start := s.align(first, 4); start <= markers-final-2; start += 4 {
+		// The number of names, padded to 8 bytes in older kernels.
+		for _, gap := range []int{8, 4} {
+			n := int(s.u32(start - gap))
+			if n <= (count-1)*256 || n > count*256 || gap == 8 && s.u32(start-4) != 0 {
+				continue
+			}
+			end, ok := chain(s.data[start:markers], s.data[markers:markers+4*count], n)
+			if !ok {
+				continue
+			}
+			k.count = n
+			k.names = s.data[start : start+end]
+			k.markers = s.data[markers : markers+4*count]
+			k.parts = append(k.parts, s.extent(start-gap, markers+4*count))
+			return start - gap, nil
+		}
+	}
+	return 0, fmt.Errorf("%d markers end where no names lie", count)
+}
+
+// chain follows the lengths of n names and says where they end, and whether
+// they meet each marker and reach the end of data but for padding.
+func chain(data, markers []byte, n int) (int, bool) {
+	at := 0
+	for i := range n {
+		if i%256 == 0 && uint32(at) != binary.LittleEndian.Uint32(markers[i/256*4:]) {
+			return 0, false
+		}
+		length, size := nameLength(data[min(at, len(data)):])
+		if size == 0 || length == 0 || length > longestName {
+			return 0, false
+		}
+		at += size + length
+	}
+	if at > len(data) || len(data)-at >= 8 {
+		return 0, false
+	}
+	return at, !slices.ContainsFunc(data[at:], func(b byte) bool { return b != 0 })
+}
+
+// nameLength reads how many tokens a name has: 7 bits and, since 6.1 where the
+// top bit is set, 7 or 8 more. size is how many bytes say so; 0: there are not
+// as many.
+func nameLength(p []byte) (length, size int) {
+	switch {
+	case len(p) == 0:
+		return 0, 0
+	case p[0]&0x80 == 0:
+		return int(p[0]), 1
+	case len(p) == 1:
+		return 0, 0
+	}
+	return int(p[0]&0x7f) | int(p[1])<<7, 2
+}
+
+// findAddresses finds the addresses, in front of the number of names or behind
+// the token index, and how they are written.
+func (k *kallsyms) findAddresses(s section, number, index int, fits func(*kallsyms) error) error {
+	type place struct {
+		layouts []addressLayout
+		offsets int
+		base    int
+	}
+	relative := []addressLayout{layoutPercpu, layoutBase}
+	after := s.align(index, 8)
+	places := []place{
+		{relative, after, s.align(after+4*k.count, 8)},
+		{relative, s.align(index, 4), s.align(s.align(index, 4)+4*k.count, 4)},
+		{[]addressLayout{layoutPlace}, s.align(index, 4), -1},
+		{[]addressLayout{layoutPlace}, after, -1},
+		{[]addressLayout{layoutAbsolute}, after, -1},
+	}
+	// In front, all is at multiples of 8.
+	base := number - 8
+	places = append(places,
+		place{relative, s.align(base-4*k.count-7, 8), base},
+		place{[]addressLayout{layoutAbsolute}, number - 8*k.count, -1})
+	var nearest error
+	for _, p := range places {
+		width := 4
+		if p.layouts[0] == layoutAbsolute {
+			width = 8
+		}
+		end := p.offsets + width*k.count
+		if p.offsets < 0 || end > len(s.data) || p.base+8 > len(s.data) {
+			continue
+		}
+		for _, layout := range p.layouts {
+			try := *k
+			try.layout, try.offsets, try.at = layout, s.data[p.offsets:end], s.gva+uint64(p.offsets)
+			if p.base >= 0 {
+				try.base = binary.LittleEndian.Uint64(s.data[p.base:])
+				end = max(end, p.base+8)
+			}
+			if !try.ordered() {
+				continue
+			}
+			if err := fits(&try); err != nil {
+				if nearest == nil {
+					nearest = fmt.Errorf("%d %v addresses: %w", k.count, layout, err)
+				}
+				continue
+			}
+			try.parts = append(slices.Clone(k.parts), s.extent(p.offsets, end))
+			*k = try
+			return nil
+		}
+	}
+	if nearest == nil {
+		nearest = errors.New("its names have no addresses that go up")
+	}
+	return nearest
+}
+
+// address is the i-th symbol's.
+func (k *kallsyms) address(i int) uint64 {
+	if k.layout == layoutAbsolute {
+		return binary.LittleEndian.Uint64(k.offsets[8*i:])
+	}
+	v := binary.LittleEndian.Uint32(k.offsets[4*i:])
+	switch k.layout {
+	case layoutBase:
+		return k.base + uint64(v)
+	case layoutPlace:
+		return k.at + 4*uint64(i) + uint64(int64(int32(v)))
+	}
+	if int32(v) >= 0 {
+		return uint64(v)
+	}
+	return k.base - 1 - uint64(int64(int32(v)))
+}
+
+// has says whether a symbol is at the address.
+func (k *kallsyms) has(addr uint64) bool {
+	i := sort.Search(k.count, func(i int) bool { return k.address(i) >= addr })
+	return i < k.count && k.address(i) == addr
+}
+
+// ordered says whether the addresses go up, as far as a few look. Symbols of
+// CPUs' own data stand first.
+func (k *kallsyms) ordered() bool {
+	step := max(k.count/512, 1)
+	previous := uint64(0)
+	for i := 0; i < k.count; i += step {
+		at := k.address(i)
+		if at < previous {
+			return false
+		}
+		previous = at
+	}
+	return previous>>63 == 1
+}
+
+// decode makes Symbols of the table, moved by -slide.
+func (k *kallsyms) decode(slide uint64) (*Symbols, error) {
+	total, at := 0, 0
+	for range k.count {
+		length, size := nameLength(k.names[at:])
+		at += size
+		for _, c := range k.names[at : at+length] {
+			total += len(k.tokens[c])
+		}
+		at += length
+	}
+	if total > k.count*longestName {
+		return nil, fmt.Errorf("%d names of %d bytes", k.count, total)
+	}
+	// One string holds all names.
+	text := make([]byte, 0, total)
+	ends := make([]int, k.count)
+	at = 0
+	for i := range ends {
+		length, size := nameLength(k.names[at:])
+		at += size
+		for _, c := range k.names[at : at+length] {
+			text = append(text, k.tokens[c]...)
+		}
+		at += length
+		ends[i] = len(text)
+	}
+	all := string(text)
+	s := &Symbols{symbols: make([]Symbol, k.count), long: true}
+	start := 0
+	for i, end := range ends {
+		if end-start < 2 {
+			return nil, fmt.Errorf("symbol %d has no type and name", i)
+		}
+		sym := Symbol{Address: k.address(i), Type: all[start], Name: all[start+1 : end]}
+		if !symbolType(sym.Type) {
+			return nil, fmt.Errorf("symbol %d has the type %q", i, sym.Type)
+		}
+		if !sym.Absolute() {
+			sym.Address -= slide
+		}
+		s.symbols[i] = sym
+		start = end
+	}
+	s.sort()
+	return s, nil
+}
+
+// find returns the addresses of some symbols, by their places in names; 0: the
+// table does not have it.
+func (k *kallsyms) find(names ...string) []uint64 {
+	found := make([]uint64, len(names))
+	var buf [longestName]byte
+	at := 0
+	for i := range k.count {
+		length, size := nameLength(k.names[at:])
+		at += size
+		token := k.names[at : at+length]
+		at += length
+		// Most names do not begin like one of these.
+		head := k.tokens[token[0]]
+		possible := false
+		for _, name := range names {
+			n := min(len(head)-1, len(name))
+			possible = possible || n <= 0 || head[1:1+n] == name[:n]
+		}
+		if !possible {
+			continue
+		}
+		text := buf[:0]
+		for _, c := range token {
+			if len(text)+len(k.tokens[c]) > len(buf) {
+				break
+			}
+			text = append(text, k.tokens[c]...)
+		}
+		if len(text) == 0 {
+			continue
+		}
+		for j, name := range names {
+			if found[j] == 0 && string(text[1:]) == name {
+				found[j] = k.address(i)
+			}
+		}
+	}
+	return found
+}
+
+// digest is that of all that the symbols' names and, against text, their
+// addresses are made of. text is the address of _text.
+func (k *kallsyms) digest(text uint64) string {
+	h := sha256.New()
+	base := k.base
+	if k.layout == layoutPercpu || k.layout == layoutBase {
+		base -= text
+	}
+	fmt.Fprintf(h, "%d %v %#x %#x %d\n", k.count, k.layout, base, k.at-text, len(k.names))
+	h.Write(k.table)
+	h.Write(k.names)
+	h.Write(k.offsets)
+	return hex.EncodeToString(h.Sum(nil))
+}
