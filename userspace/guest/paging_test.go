@@ -366,8 +366,16 @@ func TestPageCache(t *testing.T) {
 			t.Fatalf("%q, %v", p, err)
 		}
 	}
-	if c.reads != 2 {
-		t.Errorf("%d reads of two pages", c.reads)
+	if c.reads != 1 {
+		t.Errorf("%d reads of two pages at once", c.reads)
+	}
+	for range 2 {
+		if err := cache.ReadPhysical(context.Background(), 0x1000, make([]byte, bulk)); err == nil {
+			t.Error("absent pages were read")
+		}
+	}
+	if c.reads != 3 {
+		t.Errorf("%d reads, two of them of too much to keep", c.reads)
 	}
 	if err := cache.ReadPhysical(context.Background(), 0x5000, p); !errors.Is(err, kvmaccess.ErrNoMemslot) {
 		t.Errorf("absent page: %v", err)
