@@ -91,6 +91,9 @@ func (m *Monitor) attach(ctx context.Context) error {
 			m.problem("the guest does not look like Linux: it is compared with the baseline only")
 		}
 	}
+	if slices.ContainsFunc(m.cpus, func(c *cpu) bool { return c.state.Flags&kvmaccess.VCPUPartial != 0 }) {
+		m.problem("the dump has no model-specific registers: where system calls enter the kernel (LSTAR) and EFER are not checked")
+	}
 	m.findPinned(ctx)
 	m.findRanges()
 	boot := m.witness(ctx)

@@ -78,6 +78,9 @@ func controlItems(g *Guest, cpu *kvmaccess.VCPU) []Item {
 	for _, b := range cr4Bits {
 		items = append(items, item("cr4", "CR4."+b.name, cpu.CR4, b.bit, g.missing(b.bit)))
 	}
+	if cpu.Flags&kvmaccess.VCPUPartial != 0 {
+		return items // a dump that lacks EFER
+	}
 	// EFER.NXE is not there to be expected: without it a guest that uses
 	// bit 63 of page-table entries does not get far.
 	items = append(items, item("efer", "EFER.NXE", cpu.EFER, guest.EFERNXE, ""))

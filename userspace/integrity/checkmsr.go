@@ -19,6 +19,9 @@ func (MSRCheck) Name() string { return checkMSR }
 func (MSRCheck) Objects(g *Guest) []Object {
 	var objects []Object
 	for _, cpu := range g.CPUs {
+		if cpu.Flags&kvmaccess.VCPUPartial != 0 {
+			continue // a dump that lacks them
+		}
 		objects = append(objects, Object{
 			Name: "msr", VCPU: ref(cpu.ID), CPU: cpu.ID,
 			Items: func(g *Guest, cpu *kvmaccess.VCPU, _ []byte, _ error) []Item { return msrItems(g, cpu) },

@@ -377,7 +377,7 @@ func readyReason(v *kvmaccess.VCPU) string {
 		return "is in real mode: in reset or in firmware"
 	case mode.Format == guest.FormatNone:
 		return "has paging off: in firmware or a boot loader"
-	case mode.Long() && v.LSTAR == 0:
+	case mode.Long() && v.LSTAR == 0 && v.Flags&kvmaccess.VCPUPartial == 0:
 		return "has no system call entry yet: in firmware or early boot"
 	case !mode.Long() && !mode.Kernel(v.IDTR.Base):
 		return "has no kernel's interrupt table yet: in firmware or early boot"
