@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"slices"
 )
@@ -94,34 +93,29 @@ const (
 func (k *Kernel) Ftrace(ctx context.Context) (*Ftrace, error) {
 	k = k.View()
 	f := &Ftrace{}
-	var errs []error
-	note := func(err error) {
-		if err != nil {
-			errs = append(errs, err)
-		}
-	}
+	var errs problems
 	var err error
 	if f.flags, err = k.ftraceFlags(); err != nil {
 		return nil, err
 	}
 	f.nop, err = k.idealNop(ctx)
-	note(err)
+	errs.add(err)
 	if f.caller, err = k.symbol("ftrace_caller"); err != nil {
 		return nil, err
 	}
 	f.regsCaller, _ = k.Image.Lookup("ftrace_regs_caller")
 	f.Sites, err = k.ftraceSites(ctx)
-	note(err)
+	errs.add(err)
 	f.Ops, err = k.ftraceOps(ctx)
-	note(err)
+	errs.add(err)
 	if at, ok := k.Image.Lookup("direct_functions"); ok {
 		hash, err := k.Space.Pointer(ctx, at)
 		if err == nil {
 			f.Direct, err = k.ftraceHash(ctx, hash)
 		}
-		note(err)
+		errs.add(err)
 	}
-	return f, errors.Join(errs...)
+	return f, errs.err()
 }
 
 func (k *Kernel) ftraceFlags() (ftraceFlags, error) {
@@ -166,27 +160,22 @@ func (k *Kernel) ftraceOps(ctx context.Context) ([]FtraceOps, error) {
 		return nil, &ObjectError{"ftrace_ops_list", head, err}
 	}
 	var ops []FtraceOps
-	seen := map[uint64]bool{}
-	var errs []error
-	for at != end && at != 0 {
-		if seen[at] {
-			return ops, errors.Join(append(errs, &ObjectError{"ftrace_ops", at, ErrCycle})...)
+	var errs problems
+	w := k.walk("ftrace_ops list", maxFtraceOps)
+	for from := head; at != end && at != 0; {
+		if err := w.enter(at, 8); err != nil {
+			errs.add(w.fail(from, err))
+			break
 		}
-		if len(seen) == maxFtraceOps {
-			return ops, errors.Join(append(errs, &ObjectError{"ftrace_ops", at, fmt.Errorf("more than %d in the list", maxFtraceOps)})...)
-		}
-		seen[at] = true
 		op, next, err := k.ftraceOp(ctx, at)
-		if err != nil {
-			errs = append(errs, err)
-		}
+		errs.add(err)
 		if op == nil {
 			break
 		}
 		ops = append(ops, *op)
-		at = next
+		at, from = next, at
 	}
-	return ops, errors.Join(errs...)
+	return ops, errs.err()
 }
 
 // ftraceOp reads one; without it if its struct cannot be read.
@@ -322,21 +311,15 @@ func (k *Kernel) ftraceSites(ctx context.Context) ([]FtraceSite, error) {
 		return nil, &ObjectError{"ftrace_pages_start", head, err}
 	}
 	var sites []FtraceSite
-	seen := map[uint64]bool{}
+	w := k.walk("ftrace_page list", maxFtracePages)
 	p := make([]byte, page.size)
-	for at != 0 {
-		switch {
-		case seen[at]:
-			err = &ObjectError{"ftrace_page", at, ErrCycle}
-		case len(seen) == maxFtracePages:
-			err = &ObjectError{"ftrace_page", at, fmt.Errorf("more than %d in the list", maxFtracePages)}
-		default:
-			err = k.fill(ctx, "ftrace_page", at, p)
+	for from := head; at != 0; {
+		if err := w.enter(at, 8); err != nil {
+			return sites, w.fail(from, err)
 		}
-		if err != nil {
+		if err := k.fill(ctx, "ftrace_page", at, p); err != nil {
 			return sites, err
 		}
-		seen[at] = true
 		records, n := page.uint(p, 1), page.uint(p, 2)
 		most := uint64(maxFtraceSites - len(sites))
 		if len(page.fields) > 3 {
@@ -357,7 +340,7 @@ func (k *Kernel) ftraceSites(ctx context.Context) ([]FtraceSite, error) {
 		if err != nil {
 			return sites, err
 		}
-		at = page.uint(p, 0)
+		at, from = page.uint(p, 0), at
 	}
 	slices.SortFunc(sites, func(a, b FtraceSite) int { return cmp.Compare(a.IP, b.IP) })
 	return sites, nil

@@ -4,7 +4,6 @@ package guest
 
 import (
 	"context"
-	"errors"
 	"fmt"
 )
 
@@ -54,19 +53,20 @@ func (k *Kernel) JumpSites(ctx context.Context) ([]JumpSite, error) {
 		return nil, err
 	}
 	w := jumpWalk{Kernel: k, entry: entry, key: key, on: map[uint64]bool{}}
-	errs := []error{w.sites(ctx, "", start, n)}
+	var errs problems
+	errs.add(w.sites(ctx, "", start, n))
 	modules, err := k.moduleTables(ctx, "jump_entries", "num_jump_entries")
-	errs = append(errs, err)
+	errs.add(err)
 	for _, m := range modules {
 		if m.n > maxJumpSites {
-			errs = append(errs, &ObjectError{"module " + m.name, m.at, fmt.Errorf("%d static-key sites", m.n)})
+			errs.add(&ObjectError{"module " + m.name, m.at, fmt.Errorf("%d static-key sites", m.n)})
 			continue
 		}
 		if err := w.sites(ctx, m.name, m.start, m.n); err != nil {
-			errs = append(errs, fmt.Errorf("module %s: %w", m.name, err))
+			errs.add(fmt.Errorf("module %s: %w", m.name, err))
 		}
 	}
-	return w.found, errors.Join(errs...)
+	return w.found, errs.err()
 }
 
 type jumpWalk struct {

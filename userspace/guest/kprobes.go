@@ -5,7 +5,6 @@ package guest
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 )
 
@@ -67,7 +66,7 @@ type kprobeWalk struct {
 	kp, link              *layout
 	listOffset            uint64
 	opt                   *Struct // nil: probes are not optimized
-	seen                  map[uint64]bool
+	walk                  *walk
 }
 
 // Kprobes reads the table of kprobes: one for each place, in the table's
@@ -78,7 +77,7 @@ func (k *Kernel) Kprobes(ctx context.Context) ([]Kprobe, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := kprobeWalk{Kernel: k.View(), seen: map[uint64]bool{}}
+	w := kprobeWalk{Kernel: k.View(), walk: k.walk("kprobes", maxKprobes)}
 	w.aggregate, _ = k.Image.Lookup("aggr_pre_handler")
 	w.trampoline, _ = k.Image.Lookup("pre_handler_kretprobe")
 	w.kp, err = k.layout("kprobe", "hlist.next", "list.next", "addr", "symbol_name", "offset", "pre_handler", "post_handler", "opcode", "flags", "ainsn.insn")
@@ -101,38 +100,29 @@ func (k *Kernel) Kprobes(ctx context.Context) ([]Kprobe, error) {
 		return nil, err
 	}
 	var probes []Kprobe
-	var errs []error
+	var errs problems
 	for ; len(raw) > 0; raw = raw[8:] {
 		for at := binary.LittleEndian.Uint64(raw); at != 0; {
 			p, next, _, err := w.probe(ctx, at)
 			if err != nil {
-				errs = append(errs, err)
+				errs.add(err)
 				break
 			}
 			if p.Aggregate {
-				if err := w.children(ctx, &p); err != nil {
-					errs = append(errs, err)
-				}
+				errs.add(w.children(ctx, &p))
 			}
 			probes = append(probes, p)
 			at = next
 		}
 	}
-	return probes, errors.Join(errs...)
+	return probes, errs.err()
 }
 
 // probe reads one, and what follows it in its chain and in its list.
 func (w *kprobeWalk) probe(ctx context.Context, at uint64) (p Kprobe, next, list uint64, err error) {
-	switch {
-	case w.seen[at]:
-		err = &ObjectError{"kprobe", at, ErrCycle}
-	case len(w.seen) == maxKprobes:
-		err = &ObjectError{"kprobe", at, fmt.Errorf("more than %d", maxKprobes)}
+	if err := w.walk.enter(at, 8); err != nil {
+		return p, 0, 0, w.walk.fail(at, err)
 	}
-	if err != nil {
-		return p, 0, 0, err
-	}
-	w.seen[at] = true
 	data := make([]byte, w.kp.size)
 	if err := w.fill(ctx, "kprobe", at, data); err != nil {
 		return p, 0, 0, err

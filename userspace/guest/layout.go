@@ -166,3 +166,31 @@ func (k *Kernel) moduleTables(ctx context.Context, start, count string) ([]modul
 	})
 	return tables, err
 }
+
+// problems collects errors of a walk that goes on after one. Of many, as a
+// damaged guest gives, the first ones are kept.
+type problems struct {
+	errs []error
+	more int
+}
+
+// maxProblems is how many errors of a walk are kept.
+const maxProblems = 16
+
+func (p *problems) add(err error) {
+	switch {
+	case err == nil:
+	case len(p.errs) < maxProblems:
+		p.errs = append(p.errs, err)
+	default:
+		p.more++
+	}
+}
+
+// err joins what was collected; nil: nothing.
+func (p *problems) err() error {
+	if p.more > 0 {
+		return errors.Join(append(p.errs, fmt.Errorf("and %d more errors", p.more))...)
+	}
+	return errors.Join(p.errs...)
+}

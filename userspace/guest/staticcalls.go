@@ -5,7 +5,6 @@ package guest
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 )
@@ -61,19 +60,20 @@ func (k *Kernel) StaticCalls(ctx context.Context) ([]StaticCall, error) {
 		return nil, err
 	}
 	w := staticCallWalk{Kernel: k, site: site, funcs: map[uint64]uint64{}}
-	errs := []error{w.sites(ctx, "", start, n)}
+	var errs problems
+	errs.add(w.sites(ctx, "", start, n))
 	modules, err := k.moduleTables(ctx, "static_call_sites", "num_static_call_sites")
-	errs = append(errs, err)
+	errs.add(err)
 	for _, m := range modules {
 		if m.n > maxStaticCalls {
-			errs = append(errs, &ObjectError{"module " + m.name, m.at, fmt.Errorf("%d static-call sites", m.n)})
+			errs.add(&ObjectError{"module " + m.name, m.at, fmt.Errorf("%d static-call sites", m.n)})
 			continue
 		}
 		if err := w.sites(ctx, m.name, m.start, m.n); err != nil {
-			errs = append(errs, fmt.Errorf("module %s: %w", m.name, err))
+			errs.add(fmt.Errorf("module %s: %w", m.name, err))
 		}
 	}
-	return w.found, errors.Join(errs...)
+	return w.found, errs.err()
 }
 
 type staticCallWalk struct {
@@ -134,7 +134,7 @@ const (
 func (k *Kernel) StaticTrampolines(ctx context.Context) ([]StaticTrampoline, error) {
 	k = k.View()
 	var found []StaticTrampoline
-	var errs []error
+	var errs problems
 	for _, sym := range k.Image.Symbols.symbols {
 		name, ok := strings.CutPrefix(sym.Name, prefixStaticTrampoline)
 		if !ok || sym.Module != "" {
@@ -147,12 +147,12 @@ func (k *Kernel) StaticTrampolines(ctx context.Context) ([]StaticTrampoline, err
 		}
 		f, err := k.staticCallFunc(ctx, key)
 		if err != nil {
-			errs = append(errs, err)
+			errs.add(err)
 			continue
 		}
 		found = append(found, StaticTrampoline{Address: at, Key: key, Func: f, Name: name})
 	}
-	return found, errors.Join(errs...)
+	return found, errs.err()
 }
 
 // Instructions of arch/x86/kernel/static_call.c beside calls and jumps.
@@ -172,16 +172,16 @@ type staticCallCode struct {
 
 func (k *Kernel) staticCallCode(ctx context.Context) (staticCallCode, error) {
 	var c staticCallCode
-	var errs []error
+	var errs problems
 	var err error
 	c.nop, err = k.idealNop(ctx)
-	errs = append(errs, err)
+	errs.add(err)
 	c.thunks, err = k.returnThunks(ctx)
-	errs = append(errs, err)
+	errs.add(err)
 	c.ret, _ = k.Image.Lookup("__static_call_return")
 	c.zero, _ = k.Image.Lookup("__static_call_return0")
 	c.warn, _ = k.Image.Lookup("__WARN_trap")
-	return c, errors.Join(errs...)
+	return c, errs.err()
 }
 
 // returnThunks are where functions may return through: what x86_return_thunk
@@ -262,7 +262,8 @@ func (c *staticCallCode) want(at, function uint64, tail bool, have []byte) [][]b
 // returned beside an error.
 func (k *Kernel) StaticCallPatches(ctx context.Context, sites []StaticCall, trampolines []StaticTrampoline) ([]Patch, error) {
 	c, err := k.staticCallCode(ctx)
-	errs := []error{err}
+	var errs problems
+	errs.add(err)
 	code := codeReader{k: k}
 	patches := make([]Patch, 0, len(sites)+len(trampolines))
 	for i := range sites {
@@ -272,7 +273,7 @@ func (k *Kernel) StaticCallPatches(ctx context.Context, sites []StaticCall, tram
 		}
 		have, err := code.at(ctx, s.Address, maxPatch)
 		if err != nil {
-			errs = append(errs, &ObjectError{"static call site", s.Address, err})
+			errs.add(&ObjectError{"static call site", s.Address, err})
 			continue
 		}
 		detail := fmt.Sprintf("call %#x", s.Func)
@@ -286,7 +287,7 @@ func (k *Kernel) StaticCallPatches(ctx context.Context, sites []StaticCall, tram
 		patches = append(patches, Patch{Address: t.Address, Table: TableStaticCall, Object: t.Key,
 			Want: c.trampoline(t), Detail: fmt.Sprintf("trampoline of %s to %#x", t.Name, t.Func)})
 	}
-	return patches, errors.Join(errs...)
+	return patches, errs.err()
 }
 
 func (c *staticCallCode) trampoline(t StaticTrampoline) [][]byte {
