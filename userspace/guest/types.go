@@ -35,12 +35,17 @@ type Types struct {
 	mu      sync.Mutex
 	graph   *typeGraph
 	structs map[string]*Struct
+	enums   map[string]int64 // by "tag name"
+	missing map[string]error // structs that there are not
 }
+
+// maxNames bounds how many names are remembered: callers may ask for any.
+const maxNames = 4096
 
 // ParseTypes decodes BTF, as /sys/kernel/btf has it. With base, the kernel's
 // types, raw is a module's split BTF. The error wraps ErrBadTypes.
 func ParseTypes(raw []byte, base *Types) (*Types, error) {
-	t := &Types{base: base, structs: map[string]*Struct{}}
+	t := &Types{base: base, structs: map[string]*Struct{}, enums: map[string]int64{}, missing: map[string]error{}}
 	var above *typeGraph
 	var spec *btf.Spec
 	if base != nil {
@@ -113,10 +118,10 @@ func (t *Types) named(name string, keep func(btf.Type) bool) ([]btf.Type, error)
 // one is taken. The error wraps ErrNoType or ErrBadTypes.
 func (t *Types) Struct(name string) (*Struct, error) {
 	t.mu.Lock()
-	s := t.structs[name]
+	s, err := t.structs[name], t.missing[name]
 	t.mu.Unlock()
-	if s != nil {
-		return s, nil
+	if s != nil || err != nil {
+		return s, err
 	}
 	tag, kind := cutKind(name)
 	all, err := t.named(tag, func(typ btf.Type) bool {
@@ -135,6 +140,11 @@ func (t *Types) Struct(name string) (*Struct, error) {
 		return isStruct || isUnion || isTypedef && ok
 	})
 	if len(all) == 0 {
+		t.mu.Lock()
+		if len(t.missing) < maxNames && errors.Is(err, ErrNoType) {
+			t.missing[name] = err
+		}
+		t.mu.Unlock()
 		return nil, err
 	}
 	pick := all[0]
@@ -145,7 +155,9 @@ func (t *Types) Struct(name string) (*Struct, error) {
 	}
 	s = newStruct(tag, pick)
 	t.mu.Lock()
-	t.structs[name] = s
+	if len(t.structs) < maxNames {
+		t.structs[name] = s
+	}
 	t.mu.Unlock()
 	return s, nil
 }
@@ -172,10 +184,22 @@ func (t *Types) Has(name string, paths ...string) bool {
 // ErrBadTypes.
 func (t *Types) EnumValue(tag, name string) (int64, error) {
 	tag, _ = cutKind(tag)
+	key := tag + " " + name
+	t.mu.Lock()
+	value, ok := t.enums[key]
+	t.mu.Unlock()
+	if ok {
+		return value, nil
+	}
 	all, err := t.named(tag, func(typ btf.Type) bool { _, ok := btf.UnderlyingType(typ).(*btf.Enum); return ok })
 	for _, typ := range all {
 		for _, v := range btf.UnderlyingType(typ).(*btf.Enum).Values {
 			if v.Name == name {
+				t.mu.Lock()
+				if len(t.enums) < maxNames {
+					t.enums[key] = int64(v.Value)
+				}
+				t.mu.Unlock()
 				return int64(v.Value), nil
 			}
 		}
@@ -300,8 +324,7 @@ func (s *Struct) Field(path string) (Field, error) {
 	if err != nil {
 		return Field{}, fmt.Errorf("%s.%s: %w", s.Name, path, err)
 	}
-	const most = 4096
-	if len(s.fields) < most {
+	if len(s.fields) < maxNames {
 		s.fields[path] = f
 	}
 	return f, nil
