@@ -189,6 +189,9 @@ func newKernel(ctx context.Context, src Source, cpus []kvmaccess.VCPU, l *locati
 	if !opts.NoTypes {
 		if k.Types, k.TypesErr = opts.Cache.types(ctx, k); k.Types != nil {
 			k.readBootTime(ctx)
+			if err := k.ReadModules(ctx); err != nil {
+				k.doubt("modules", "%v", err)
+			}
 		}
 	}
 	k.Space.Memory = src

@@ -5,6 +5,7 @@ package guest
 import (
 	"fmt"
 	"iter"
+	"sort"
 )
 
 // Image is a kernel's symbols where the kernel runs: moved by the slide that
@@ -13,8 +14,12 @@ type Image struct {
 	Symbols *Symbols
 	Slide   uint64 // running address - address in the file, modulo 2^64
 
-	text  Extent // _stext.._etext
-	whole Extent // _text.._end
+	// Modules' symbols where they run, and where modules lie; nil: those in
+	// Symbols are all there are.
+	modules *Symbols
+	extents []moduleExtent
+	text    Extent // _stext.._etext
+	whole   Extent // _text.._end
 }
 
 // NewImage moves symbols by slide.
@@ -58,13 +63,31 @@ func (m *Image) All() iter.Seq[Symbol] {
 				return
 			}
 		}
+		if m.modules != nil {
+			m.modules.All()(yield)
+		}
 	}
+}
+
+// Len is the number of symbols.
+func (m *Image) Len() int {
+	n := m.Symbols.Len()
+	if m.modules != nil {
+		n += m.modules.Len()
+	}
+	return n
 }
 
 // Next gives the running address of the first symbol above a running address.
 func (m *Image) Next(addr uint64) (uint64, bool) {
 	next, ok := m.Symbols.next(m.wrap(addr - m.Slide))
-	return m.wrap(next + m.Slide), ok
+	next = m.wrap(next + m.Slide)
+	if m.modules != nil {
+		if other, found := m.modules.next(addr); found && (!ok || other < next) {
+			return other, true
+		}
+	}
+	return next, ok
 }
 
 func (m *Image) wrap(addr uint64) uint64 {
@@ -82,6 +105,9 @@ const maxDistance = 1 << 20
 // boot (slide 0): modules do not move with the image. Where a module ends is
 // not known: behind its last symbol only the rest of that page is its.
 func (m *Image) At(addr uint64) ([]Symbol, uint64) {
+	if m.modules != nil && !m.whole.Contains(addr) {
+		return m.atModule(addr)
+	}
 	all, offset := m.Symbols.At(m.wrap(addr - m.Slide))
 	if len(all) == 0 || offset > maxDistance {
 		return nil, 0
@@ -91,6 +117,20 @@ func (m *Image) At(addr uint64) ([]Symbol, uint64) {
 			return nil, 0
 		}
 	} else if m.whole.End != 0 && !m.whole.Contains(addr) {
+		return nil, 0
+	}
+	return all, offset
+}
+
+// atModule is At for what is not in the kernel image, where it is known which
+// memory each module has.
+func (m *Image) atModule(addr uint64) ([]Symbol, uint64) {
+	i := sort.Search(len(m.extents), func(i int) bool { return m.extents[i].Start > addr }) - 1
+	if i < 0 || !m.extents[i].Contains(addr) {
+		return nil, 0
+	}
+	all, offset := m.modules.At(addr)
+	if len(all) == 0 || all[0].Module != m.extents[i].module || addr-offset < m.extents[i].Start {
 		return nil, 0
 	}
 	return all, offset
