@@ -118,7 +118,8 @@ the KVM guests that run on this host, without pausing them, checks their
 integrity, and follows what the daemon kvmaccessd finds.
 
 VM is a guest's id, its name or its UUID (QEMU's -name and -uuid); a UUID may be
-cut short. It must run as root, with the kernel module kvmaccess loaded.
+cut short. It must run as root, with the kernel module kvmaccess loaded; neither
+is needed to look into a file of a guest's memory (--dump).
 
 Exit status: 0, 1 after an error; of "check" 2 when there are findings.`,
 		SilenceErrors: true,
@@ -138,7 +139,8 @@ Exit status: 0, 1 after an error; of "check" 2 when there are findings.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return fmt.Errorf("%w\nsee: %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(a.vms(), a.regs(), a.gdt(), a.idt(), a.syscalls(), a.mem(), a.check(), a.watch(), a.stats(), a.version())
+	root.AddCommand(a.vms(), a.regs(), a.gdt(), a.idt(), a.syscalls(), a.mem(), a.check(), a.watch(), a.stats(), a.version(),
+		a.guest(), a.symbolsOf(), a.types())
 	return root
 }
 

@@ -97,7 +97,7 @@ decimal, or hexadecimal after 0x; LENGTH may end in K, M or G.`,
 					case asHex:
 						_, err = fmt.Fprint(a.out, hex.EncodeToString(p))
 					default:
-						err = dump(a.out, address, p)
+						err = hexDump(a.out, address, p)
 					}
 					if err != nil {
 						return err

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"encoding"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -103,8 +104,8 @@ func bytesText(n uint64) string {
 	return fmt.Sprintf("%d %s", n, units[i])
 }
 
-// dump is a hex dump of data at address, 16 bytes a line.
-func dump(w io.Writer, address uint64, data []byte) error {
+// hexDump writes data as at address, 16 bytes a line.
+func hexDump(w io.Writer, address uint64, data []byte) error {
 	for len(data) > 0 {
 		line := data[:min(16, len(data))]
 		var sb strings.Builder
@@ -141,8 +142,8 @@ type hexBytes []byte
 
 func (b hexBytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(b)), nil }
 
-// hexed is a struct of which JSON shows each 64-bit field as integrity.Hex;
-// structs in it likewise.
+// hexed is a struct, or a slice of structs, of which JSON shows each 64-bit
+// number without sign as integrity.Hex; structs in it likewise.
 type hexed struct{ v any }
 
 func (h hexed) MarshalJSON() ([]byte, error) {
@@ -154,21 +155,40 @@ func (h hexed) MarshalJSON() ([]byte, error) {
 }
 
 func writeHexed(sb *strings.Builder, v reflect.Value) error {
+	if v.Kind() == reflect.Slice {
+		sb.WriteByte('[')
+		for i := range v.Len() {
+			if i > 0 {
+				sb.WriteByte(',')
+			}
+			if err := writeHexed(sb, v.Index(i)); err != nil {
+				return err
+			}
+		}
+		sb.WriteByte(']')
+		return nil
+	}
 	sb.WriteByte('{')
+	first := true
 	for i := range v.NumField() {
-		if i > 0 {
+		field, f := v.Type().Field(i), v.Field(i)
+		name, options, _ := strings.Cut(field.Tag.Get("json"), ",")
+		if !field.IsExported() || strings.Contains(options, "omit") && f.IsZero() {
+			continue
+		}
+		if !first {
 			sb.WriteByte(',')
 		}
-		name, _, _ := strings.Cut(v.Type().Field(i).Tag.Get("json"), ",")
+		first = false
 		fmt.Fprintf(sb, "%q:", name)
-		f := v.Field(i)
-		if f.Kind() == reflect.Struct {
+		value := f.Interface()
+		_, text := value.(encoding.TextMarshaler)
+		if !text && (f.Kind() == reflect.Struct || f.Kind() == reflect.Slice && f.Type().Elem().Kind() == reflect.Struct) {
 			if err := writeHexed(sb, f); err != nil {
 				return err
 			}
 			continue
 		}
-		value := f.Interface()
 		if n, ok := value.(uint64); ok {
 			value = integrity.Hex(n)
 		}
