@@ -140,7 +140,7 @@ Exit status: 0, 1 after an error; of "check" 2 when there are findings.`,
 		return fmt.Errorf("%w\nsee: %s --help", err, cmd.CommandPath())
 	})
 	root.AddCommand(a.vms(), a.regs(), a.gdt(), a.idt(), a.syscalls(), a.mem(), a.check(), a.watch(), a.stats(), a.version(),
-		a.guest(), a.symbolsOf(), a.types())
+		a.guest(), a.ps(), a.modules(), a.symbolsOf(), a.types())
 	return root
 }
 

@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -217,6 +218,11 @@ func TestGolden(t *testing.T) {
 		{"check.json", "check web1 -s $S -o json", 0},
 		{"check-plain.txt", "check web1", 0},
 		{"check-all.txt", "check -s $S --wait 0s", 1},
+		{"check-dump.txt", "check --dump " + recorded + ".snapshot -s $S", 0},
+		{"check-dump.json", "check --dump " + recorded + ".snapshot -s $S -o json", 0},
+		{"error-dump-baseline.txt", "check --dump " + recorded + ".snapshot --baseline $S", 1},
+		{"error-dump-vm.txt", "check web1 --dump " + recorded + ".snapshot", 1},
+		{"error-baseline-all.txt", "check --baseline $S", 1},
 		{"stats.txt", "stats --socket /nonexistent/socket", 0},
 		{"stats.json", "stats --socket /nonexistent/socket -o json", 0},
 		{"error-unknown.txt", "regs nope", 1},
@@ -316,6 +322,43 @@ func TestCheckFindings(t *testing.T) {
 		if fields := strings.Fields(line); fields[0] != "NUMBER" && hooked == (fields[len(fields)-1] == "-") {
 			t.Errorf("fault in %q", line)
 		}
+	}
+}
+
+// What changed between a baseline and a dump is found in the dump.
+func TestCheckDump(t *testing.T) {
+	symbols := symbolFile(t)
+	m := newFakeModule(t)
+	monitor, err := integrity.NewMonitor(m, integrity.VM{ID: 1, Name: "web1"}, integrity.Options{Memory: m.Machine.Memory, Settle: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := monitor.Attach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(monitor.Baseline())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	baseline, file := filepath.Join(dir, "baseline"), filepath.Join(dir, "web1.snapshot")
+	if err := os.WriteFile(baseline, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.CPUs[0].CR4 &^= guest.CR4SMEP
+	m.hook(t, symbols, "sys_call_table", 59, 0xffffffffc0de1000)
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join((&guest.Snapshot{VM: m.VM, CPUs: m.CPUs, Pages: m.pages}).Write(f), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	a, out, errs := newTestApp(m)
+	a.open = func() (source, error) { return nil, errors.New("a dump needs no module") }
+	if code := a.run(t.Context(), []string{"check", "--dump", file, "--baseline", baseline, "-s", symbols}); code != exitFindings ||
+		!strings.Contains(out.String(), "CR4.SMEP") || !strings.Contains(out.String(), "execve") {
+		t.Errorf("exit code %d\n%s%s", code, out, errs)
 	}
 }
 

@@ -4,12 +4,18 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 )
 
@@ -22,9 +28,12 @@ type checked struct {
 }
 
 func (a *app) check() *cobra.Command {
-	var wait time.Duration
+	var (
+		wait           time.Duration
+		file, baseline string
+	)
 	cmd := &cobra.Command{
-		Use:   "check [VM]...",
+		Use:   "check {[VM]... | --dump FILE}",
 		Short: "Check the integrity of guests once",
 		Long: `Check once whether guests (default all) are as an honest kernel has them: system
 call table and registers, IDT, GDT, control registers. Most of it needs
@@ -34,9 +43,28 @@ Exit status: 0 without findings, 2 with findings, 1 when a guest could not be
 checked.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			symbols, err := a.readSymbols()
-			if err != nil {
+			opts := integrity.Options{MaxFindings: everything}
+			var err error
+			if opts.Symbols, err = a.readSymbols(); err != nil {
 				return err
+			}
+			if baseline != "" {
+				if file == "" && len(args) != 1 {
+					return errors.New("--baseline: a baseline is of one guest: name that")
+				}
+				if opts.Baseline, err = readBaseline(baseline); err != nil {
+					return fmt.Errorf("--baseline %s: %w", baseline, err)
+				}
+			}
+			if file != "" {
+				if len(args) > 0 {
+					return fmt.Errorf("check --dump takes no VM, got %q", args[0])
+				}
+				r, err := checkDump(ctx, file, opts)
+				if err != nil {
+					return fmt.Errorf("--dump: %w", err)
+				}
+				return a.report([]checked{r})
 			}
 			return a.withModule(func(src source) error {
 				vms, err := a.selectVMs(ctx, src, args)
@@ -44,23 +72,10 @@ checked.`,
 					return err
 				}
 				results := make([]checked, len(vms))
-				failed := 0
 				for i, v := range vms {
-					results[i] = checkVM(ctx, src, v, symbols, wait)
-					if results[i].Error != "" {
-						failed++
-					}
-					a.found = a.found || len(results[i].Findings) > 0
+					results[i] = checkVM(ctx, src, v, opts, wait)
 				}
-				if a.output == "json" {
-					err = a.json(results)
-				} else {
-					err = a.printChecked(results)
-				}
-				if err == nil && failed > 0 {
-					err = fmt.Errorf("%d of %s could not be checked", failed, plural(len(vms), "guest"))
-				}
-				return err
+				return a.report(results)
 			})
 		},
 		ValidArgsFunction: func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
@@ -68,7 +83,84 @@ checked.`,
 		},
 	}
 	cmd.Flags().DurationVar(&wait, "wait", 5*time.Second, "how long to wait for a guest that boots")
+	dumpFlag(cmd, &file)
+	cmd.Flags().StringVar(&baseline, "baseline", "", "compare with this `file` as well: what the daemon answers to GET /v1/baselines/VM")
 	return cmd
+}
+
+// report prints the outcome and makes the exit code.
+func (a *app) report(results []checked) error {
+	failed := 0
+	for _, r := range results {
+		if r.Error != "" {
+			failed++
+		}
+		a.found = a.found || len(r.Findings) > 0
+	}
+	var err error
+	if a.output == "json" {
+		err = a.json(results)
+	} else {
+		err = a.printChecked(results)
+	}
+	if err == nil && failed > 0 {
+		err = fmt.Errorf("%d of %s could not be checked", failed, plural(len(results), "guest"))
+	}
+	return err
+}
+
+// maxBaseline is more than a baseline of thousands of vCPUs takes, in bytes.
+const maxBaseline = 256 << 20
+
+func readBaseline(file string) (*integrity.Baseline, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var b integrity.Baseline
+	d := json.NewDecoder(io.LimitReader(f, maxBaseline))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&b); err != nil {
+		return nil, fmt.Errorf("no baseline: %w", err)
+	}
+	if b.Version == 0 {
+		return nil, errors.New("no baseline: it has no version")
+	}
+	return &b, nil
+}
+
+// checkDump checks a guest that lies in a file. Nothing of it changes, so what
+// is not ready is never.
+func checkDump(ctx context.Context, file string, opts integrity.Options) (checked, error) {
+	r := checked{VM: integrity.VM{Name: filepath.Base(file)}, Findings: []integrity.Finding{}}
+	d, err := dump.Open(file)
+	if err != nil {
+		return r, err
+	}
+	defer d.Close()
+	cpus, err := d.VCPUs(ctx)
+	if err != nil {
+		return r, err
+	}
+	for i := range cpus {
+		cpus[i].VM = 0
+	}
+	opts.Memory, opts.Settle = d, -1
+	m, err := integrity.NewMonitor(&guest.Machine{CPUs: cpus, Memory: d}, r.VM, opts)
+	if err != nil {
+		return r, err
+	}
+	findings, err := m.Attach(ctx)
+	r.Findings = append(r.Findings, findings...)
+	r.Status = m.Status()
+	switch {
+	case err != nil:
+		r.Error = err.Error()
+	case r.Status.State != integrity.StateWatching:
+		r.Error = r.Status.Reason
+	}
+	return r, nil
 }
 
 func (a *app) selectVMs(ctx context.Context, src source, args []string) ([]vm, error) {
@@ -89,9 +181,10 @@ func (a *app) selectVMs(ctx context.Context, src source, args []string) ([]vm, e
 // everything is more findings than a guest can have.
 const everything = 1 << 20
 
-func checkVM(ctx context.Context, src source, v vm, symbols *guest.Symbols, wait time.Duration) checked {
+func checkVM(ctx context.Context, src source, v vm, opts integrity.Options, wait time.Duration) checked {
 	r := checked{VM: v.integrity(), Findings: []integrity.Finding{}}
-	m, err := integrity.NewMonitor(src, r.VM, integrity.Options{Symbols: symbols, Memory: src.Memory(v.VM), MaxFindings: everything})
+	opts.Memory = src.Memory(v.VM)
+	m, err := integrity.NewMonitor(src, r.VM, opts)
 	if err != nil {
 		r.Error = err.Error()
 		return r

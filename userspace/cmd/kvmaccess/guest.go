@@ -52,7 +52,7 @@ has of itself. Nothing has to be known of the guest before.`,
 			VM: t.vm.ID, Name: t.vm.Name, UUID: t.vm.UUID, Dump: t.dump,
 			Fingerprint: k.Fingerprint, Paging: k.Space.Mode.Format.String(),
 			Text: hexed{k.Text}, Rodata: hexed{k.Rodata}, Bases: hexed{k.Bases},
-			VCPUs: len(k.CPUs), Symbols: k.Image.Symbols.Len(), Doubts: k.Doubts,
+			VCPUs: len(k.CPUs), Symbols: k.Image.Len(), Doubts: k.Doubts,
 			Read: readJSON{Reads: t.reads, Bytes: t.bytes, Elapsed: time.Since(began), Paths: t.paths()},
 		}
 		if k.Types != nil {

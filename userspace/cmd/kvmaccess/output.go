@@ -143,7 +143,7 @@ type hexBytes []byte
 func (b hexBytes) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(b)), nil }
 
 // hexed is a struct, or a slice of structs, of which JSON shows each 64-bit
-// number without sign as integrity.Hex; structs in it likewise.
+// number without sign, but for a size, as integrity.Hex; structs in it likewise.
 type hexed struct{ v any }
 
 func (h hexed) MarshalJSON() ([]byte, error) {
@@ -169,11 +169,27 @@ func writeHexed(sb *strings.Builder, v reflect.Value) error {
 		return nil
 	}
 	sb.WriteByte('{')
-	first := true
+	if err := writeFields(sb, v, true); err != nil {
+		return err
+	}
+	sb.WriteByte('}')
+	return nil
+}
+
+// writeFields writes the fields of a struct, and as they were its own those of
+// structs that it embeds without a name.
+func writeFields(sb *strings.Builder, v reflect.Value, first bool) error {
 	for i := range v.NumField() {
 		field, f := v.Type().Field(i), v.Field(i)
 		name, options, _ := strings.Cut(field.Tag.Get("json"), ",")
 		if !field.IsExported() || strings.Contains(options, "omit") && f.IsZero() {
+			continue
+		}
+		if field.Anonymous && name == "" {
+			if err := writeFields(sb, f, first); err != nil {
+				return err
+			}
+			first = false
 			continue
 		}
 		if !first {
@@ -189,7 +205,7 @@ func writeHexed(sb *strings.Builder, v reflect.Value) error {
 			}
 			continue
 		}
-		if n, ok := value.(uint64); ok {
+		if n, ok := value.(uint64); ok && name != "size" {
 			value = integrity.Hex(n)
 		}
 		b, err := json.Marshal(value)
@@ -198,6 +214,5 @@ func writeHexed(sb *strings.Builder, v reflect.Value) error {
 		}
 		sb.Write(b)
 	}
-	sb.WriteByte('}')
 	return nil
 }
