@@ -30,6 +30,9 @@ type StaticTrampoline struct {
 	Name    string `json:"name"`
 }
 
+// maxStaticCall is the longest instruction at a site, a conditional jump.
+const maxStaticCall = 6
+
 // maxStaticCalls bounds the static-call sites of the kernel, or a module.
 const maxStaticCalls = 1 << 18
 
@@ -271,7 +274,7 @@ func (k *Kernel) StaticCallPatches(ctx context.Context, sites []StaticCall, tram
 		if s.Init {
 			continue
 		}
-		have, err := code.at(ctx, s.Address, maxPatch)
+		have, err := code.at(ctx, s.Address, maxStaticCall)
 		if err != nil {
 			errs.add(&ObjectError{"static call site", s.Address, err})
 			continue
