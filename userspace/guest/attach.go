@@ -33,6 +33,9 @@ var (
 
 // AttachOptions of Attach; the zero value works.
 type AttachOptions struct {
+	// Symbols of this very kernel, as a symbol file gives them, to be used
+	// instead of those in its memory; nil: the guest's own.
+	Symbols *Symbols
 	// NoTypes leaves out types, and with them the modules' symbols.
 	NoTypes bool
 	// Early attaches to a kernel that still boots.
@@ -75,7 +78,7 @@ func attach(ctx context.Context, src Source, opts AttachOptions) (*Kernel, error
 	}
 	var reason error
 	for _, l := range found {
-		tables, err := l.findTables(ctx)
+		k, err := l.kernel(ctx, opts)
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil, ctx.Err()
@@ -85,7 +88,12 @@ func attach(ctx context.Context, src Source, opts AttachOptions) (*Kernel, error
 			}
 			continue
 		}
-		return newKernel(ctx, src, cpus, l, tables, opts)
+		k.CPUs = cpus
+		if err := k.complete(ctx, opts); err != nil {
+			return nil, err
+		}
+		k.Space.Memory = src
+		return k, nil
 	}
 	return nil, reason
 }
@@ -95,7 +103,7 @@ const mostSection = 256 << 20
 
 // findTables finds the symbol table in the image, first where no kernel of
 // these days lets it be written or executed.
-func (l *location) findTables(ctx context.Context) (*kallsyms, error) {
+func (l *location) findTables(ctx context.Context) (*kallsyms, section, error) {
 	rank := func(m Mapping) int {
 		switch {
 		case !m.Writable && !m.Executable:
@@ -116,11 +124,11 @@ func (l *location) findTables(ctx context.Context) (*kallsyms, error) {
 		}
 		s, err := l.section(ctx, Extent{m.GVA, m.GVA + m.Size})
 		if err != nil {
-			return nil, err
+			return nil, section{}, err
 		}
 		k, err := findKallsyms(s, l.fits)
 		if err == nil {
-			return k, nil
+			return k, s, nil
 		}
 		if reason == errNoKallsyms {
 			reason = err
@@ -128,9 +136,9 @@ func (l *location) findTables(ctx context.Context) (*kallsyms, error) {
 		linux = linux || bytes.Contains(s.data, []byte(bannerStart))
 	}
 	if !linux {
-		return nil, fmt.Errorf("%w: what lies at %#x-%#x, where Linux has its kernel, says nowhere that it is one", ErrNotLinux, l.extent.Start, l.extent.End)
+		return nil, section{}, fmt.Errorf("%w: what lies at %#x-%#x, where Linux has its kernel, says nowhere that it is one", ErrNotLinux, l.extent.Start, l.extent.End)
 	}
-	return nil, fmt.Errorf("%w: %w", ErrNoTables, reason)
+	return nil, section{}, fmt.Errorf("%w: %w", ErrNoTables, reason)
 }
 
 // fits says why a symbol table is not that of the image: by it the image's
@@ -162,70 +170,194 @@ func (l *location) fits(k *kallsyms) error {
 	return nil
 }
 
-// newKernel makes of what was found a Kernel.
-func newKernel(ctx context.Context, src Source, cpus []kvmaccess.VCPU, l *location, tables *kallsyms, opts AttachOptions) (*Kernel, error) {
-	text := tables.find("_text")[0]
-	symbols, digest, err := opts.Cache.symbols(tables, text)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoTables, err)
-	}
-	k := &Kernel{
-		Space: l.space.View(),
-		Image: NewImage(symbols, text-linkedText),
-		CPUs:  cpus, Tables: tables.parts,
-	}
-	k.Fingerprint.Symbols = digest
-	k.Text = k.Image.Text()
-	k.Rodata = k.Image.between("__start_rodata", "__end_rodata")
-	k.fixRoot(ctx, l)
-	if !opts.Early {
-		if err := k.booted(ctx, l); err != nil {
+// kernel makes of a location a Kernel with symbols.
+func (l *location) kernel(ctx context.Context, opts AttachOptions) (*Kernel, error) {
+	k := &Kernel{Space: l.space.View(), Seal: &Seal{}, cache: opts.Cache, found: l}
+	if opts.Symbols != nil {
+		text, ok := opts.Symbols.Lookup("_text")
+		if !ok || !opts.Symbols.Long() {
+			return nil, fmt.Errorf("%w: they have no _text of a 64-bit kernel", ErrSymbolsMismatch)
+		}
+		k.Image = NewImage(opts.Symbols, l.extent.Start-text.Address)
+		if !k.named() {
+			return nil, fmt.Errorf("%w: by them the exceptions' handlers are nothing of the kind", ErrSymbolsMismatch)
+		}
+	} else {
+		tables, s, err := l.findTables(ctx)
+		if err != nil {
 			return nil, err
 		}
+		text := tables.find("_text")[0]
+		d, digest, err := opts.Cache.decode(tables, text)
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNoTables, err)
+		}
+		k.Image = NewImage(d.symbols, text-linkedText)
+		k.Doubts = slices.Clone(d.doubts)
+		k.Fingerprint.Symbols = digest
+		for _, x := range tables.parts {
+			k.Seal.add(DoubtSymbols, x.Start, s.data[x.Start-s.gva:x.End-s.gva])
+		}
+		if !k.named() {
+			k.doubt(DoubtSymbols, "most exceptions' handlers have other names than an exception's handler has")
+		}
 	}
-	k.readBases(ctx, text, l.gpa(text))
-	k.readFingerprint(ctx)
-	k.TypesErr = errNoTypesAsked
-	if !opts.NoTypes {
-		if k.Types, k.TypesErr = opts.Cache.types(ctx, k); k.Types != nil {
-			k.readBootTime(ctx)
-			if err := k.ReadModules(ctx); err != nil {
-				k.doubt("modules", "%v", err)
+	k.Text = k.Image.Text()
+	k.Rodata = k.Image.between("__start_rodata", "__end_rodata")
+	return k, nil
+}
+
+// named says whether at least half of the exceptions' handlers are called what
+// Linux calls them.
+func (k *Kernel) named() bool {
+	good, of := 0, 0
+	for _, g := range k.found.gates {
+		if names := Handlers(g.Vector); len(names) > 0 && k.found.extent.Contains(g.Handler) {
+			of++
+			if k.Image.Is(g.Handler, names...) || k.Image.Is(g.Handler, "early_idt_handler_array") {
+				good++
 			}
 		}
 	}
-	k.Space.Memory = src
-	return k, nil
+	return 2*good >= of
+}
+
+// complete finds out about a kernel of which the symbols are known.
+func (k *Kernel) complete(ctx context.Context, opts AttachOptions) error {
+	k.fixRoot(ctx)
+	if !opts.Early {
+		if err := k.booted(ctx); err != nil {
+			return err
+		}
+	}
+	k.TypesErr = errNoTypesAsked
+	if !opts.NoTypes {
+		k.Types, k.TypesErr = ReadTypes(ctx, k)
+		switch {
+		case k.Types != nil:
+			if x := k.Image.between("__start_BTF", "__stop_BTF"); x.Size() == uint64(len(k.Types.Raw())) {
+				k.Seal.add(DoubtTypes, x.Start, k.Types.Raw())
+			}
+			k.checkExports(ctx)
+		case !errors.Is(k.TypesErr, ErrNoTypes):
+			k.doubt(DoubtTypes, "%v", k.TypesErr)
+		}
+	}
+	k.Refresh(ctx)
+	return nil
+}
+
+// Refresh reads anew what changes while a kernel runs or boots: its modules,
+// its regions of memory, its command line and when it booted.
+func (k *Kernel) Refresh(ctx context.Context) {
+	k.undoubt(DoubtModules, DoubtBases, DoubtBanner)
+	memory := k.Space.Memory
+	k.Space.Memory = NewPageCache(memory)
+	defer func() { k.Space.Memory = memory }()
+	k.readBases(ctx)
+	k.readFingerprint(ctx)
+	if k.Types == nil {
+		return
+	}
+	k.readBootTime(ctx)
+	if err := k.ReadModules(ctx); err != nil {
+		k.doubt(DoubtModules, "%v", err)
+	}
+}
+
+// Runs says whether the vCPUs still, or again, run this kernel at this place: a
+// nil error. It reads little: the interrupt tables and the page tables that
+// lead there, and the banner. Where the kernel was started anew meanwhile,
+// Refresh reads what is not as it was.
+func (k *Kernel) Runs(ctx context.Context, cpus []kvmaccess.VCPU) error {
+	found, err := locate(ctx, NewPageCache(k.Space.Memory), cpus, nil)
+	if err != nil {
+		return err
+	}
+	for _, l := range found {
+		if l.extent.Start == k.found.extent.Start && l.physical == k.found.physical {
+			fresh := *k
+			fresh.Fingerprint, fresh.Doubts = Fingerprint{}, nil
+			fresh.readFingerprint(ctx)
+			if fresh.Fingerprint.Version != k.Fingerprint.Version {
+				return fmt.Errorf("another kernel runs: %q", fresh.Fingerprint.Version)
+			}
+			return nil
+		}
+	}
+	return fmt.Errorf("a kernel runs at %#x, not at %#x", found[0].extent.Start, k.found.extent.Start)
 }
 
 var errNoTypesAsked = errors.New("types were not asked for")
 
 // fixRoot changes over to the kernel's own page tables, which unlike a
 // process' ones stay.
-func (k *Kernel) fixRoot(ctx context.Context, l *location) {
+func (k *Kernel) fixRoot(ctx context.Context) {
+	l := k.found
 	at, ok := k.Image.Lookup("init_top_pgt")
-	if !ok {
-		k.doubt("init_top_pgt", "the symbols do not have it: page tables of a process are used")
+	if !ok || !l.extent.Contains(at) {
+		k.doubt(DoubtTables, "the symbols have no init_top_pgt in the kernel's image: page tables of a process are used")
 		return
 	}
 	own := *k.Space
 	own.Root = l.gpa(at)
-	probes := append([]uint64{at, k.Text.Start, k.Text.End - 1, k.Tables[0].Start}, l.handlers...)
+	probes := append([]uint64{at, k.Text.Start, k.Text.End - 1}, l.handlers...)
 	for _, gva := range probes {
 		want := l.gpa(gva)
 		if t, err := Translate(ctx, own.Memory, own.Mode, own.Root, gva); err != nil {
-			k.doubt("init_top_pgt", "what the symbols call the kernel's page tables are none: %v", err)
+			k.doubt(DoubtTables, "what the symbols call the kernel's page tables are none: %v", err)
 			return
 		} else if t.GPA != want {
-			k.doubt("init_top_pgt", "what the symbols call the kernel's page tables have %#x at guest-physical %#x, those in use at %#x", gva, t.GPA, want)
+			k.doubt(DoubtTables, "what the symbols call the kernel's page tables have %#x at guest-physical %#x, those in use at %#x", gva, t.GPA, want)
 			return
 		}
 	}
 	k.Space.Root = own.Root
 }
 
+// checkExports doubts symbols that are not where the kernel's table of what it
+// exports to modules has them: that one was made apart from kallsyms.
+func (k *Kernel) checkExports(ctx context.Context) {
+	s, err := k.Types.Struct("kernel_symbol")
+	if err != nil || s.Size == 0 {
+		return // nothing can be exported
+	}
+	exported := map[string]uint64{}
+	for _, table := range [][2]string{{"__start___ksymtab", "__stop___ksymtab"}, {"__start___ksymtab_gpl", "__stop___ksymtab_gpl"}} {
+		x := k.Image.between(table[0], table[1])
+		count := x.Size() / uint64(s.Size)
+		if count == 0 {
+			continue
+		}
+		if count > mostExports {
+			k.doubt(DoubtSymbols, "from %s to %s are %d exported symbols", table[0], table[1], count)
+			return
+		}
+		if err := k.exports(ctx, x.Start, int(count), exported); err != nil {
+			k.doubt(DoubtSymbols, "what the kernel exports at %s cannot be read: %v", table[0], err)
+			return
+		}
+	}
+	wrong, example := 0, ""
+	for name, at := range exported {
+		if !k.found.extent.Contains(at) {
+			continue // CPUs' own data
+		}
+		if !k.Image.Is(at, name) {
+			wrong++
+			if example == "" || name < example {
+				example = name
+			}
+		}
+	}
+	if wrong > 0 {
+		has, _ := k.Image.Lookup(example)
+		k.doubt(DoubtSymbols, "%d of %d exported symbols are elsewhere by the table of exports, for example %s, at %#x by that and at %#x by the symbol table", wrong, len(exported), example, exported[example], has)
+	}
+}
+
 // booted says whether the kernel is through with setting itself up.
-func (k *Kernel) booted(ctx context.Context, l *location) error {
+func (k *Kernel) booted(ctx context.Context) error {
 	at, ok := k.Image.Lookup("system_state")
 	if !ok {
 		return nil
@@ -236,7 +368,7 @@ func (k *Kernel) booted(ctx context.Context, l *location) error {
 	}
 	// SYSTEM_BOOTING, SYSTEM_SCHEDULING (include/linux/kernel.h, since 4.13);
 	// what follows these changed since, and is late enough.
-	if state < 2 && !l.booted {
+	if state < 2 && !k.found.booted {
 		return fmt.Errorf("%w: its kernel still boots (system_state %d)", ErrNotBooted, state)
 	}
 	return nil

@@ -23,12 +23,16 @@ type Bases struct {
 // readBases reads the bases, and doubts a direct map that does not lead to the
 // image. A base of which there is no variable is where the kernel's
 // documentation has it.
-func (k *Kernel) readBases(ctx context.Context, text, physical uint64) {
+func (k *Kernel) readBases(ctx context.Context) {
 	b := bases4
 	if k.Space.Mode.Format == Format5Level {
 		b = bases5
 	}
-	for name, base := range map[string]*uint64{"page_offset_base": &b.DirectMap, "vmalloc_base": &b.Vmalloc, "vmemmap_base": &b.Vmemmap} {
+	for _, v := range []struct {
+		name string
+		base *uint64
+	}{{"page_offset_base", &b.DirectMap}, {"vmalloc_base", &b.Vmalloc}, {"vmemmap_base", &b.Vmemmap}} {
+		name, base := v.name, v.base
 		at, ok := k.Image.Lookup(name)
 		if !ok {
 			continue
@@ -36,19 +40,20 @@ func (k *Kernel) readBases(ctx context.Context, text, physical uint64) {
 		v, err := k.Space.Pointer(ctx, at)
 		switch {
 		case err != nil:
-			k.doubt(name, "it cannot be read: %v", err)
+			k.doubt(DoubtBases, "%s cannot be read: %v", name, err)
 		case v&(1<<30-1) != 0 || !k.Space.Mode.Kernel(v):
-			k.doubt(name, "%#x is no base of a region of kernel memory", v)
+			k.doubt(DoubtBases, "%s is %#x, no base of a region of kernel memory", name, v)
 		default:
 			*base = v
 		}
 	}
-	b.Text, b.Physical = text-linkedText, physical
+	physical := k.found.physical
+	b.Text, b.Physical = k.found.extent.Start-linkedText, physical
 	k.Bases = b
 	at := b.DirectMap + physical
 	if t, err := Translate(ctx, k.Space.Memory, k.Space.Mode, k.Space.Root, at); err != nil {
-		k.doubt("page_offset_base", "the kernel's text is not mapped at %#x, where it would have it: %v", at, err)
+		k.doubt(DoubtBases, "the kernel's text is not mapped at %#x, where it would have it: %v", at, err)
 	} else if t.GPA != physical {
-		k.doubt("page_offset_base", "%#x maps guest-physical %#x, not the kernel's text at %#x", at, t.GPA, physical)
+		k.doubt(DoubtBases, "%#x maps guest-physical %#x, not the kernel's text at %#x", at, t.GPA, physical)
 	}
 }

@@ -39,16 +39,16 @@ func (k *Kernel) readFingerprint(ctx context.Context) {
 		banner, err := k.Space.String(ctx, at, longestBanner)
 		switch {
 		case err != nil:
-			k.doubt("linux_banner", "it cannot be read: %v", err)
+			k.doubt(DoubtBanner, "linux_banner cannot be read: %v", err)
 		case !strings.HasPrefix(banner, bannerStart):
-			k.doubt("linux_banner", "it begins with %q, not %q", clip([]byte(banner)), bannerStart)
+			k.doubt(DoubtBanner, "linux_banner begins with %q, not %q", clip([]byte(banner)), bannerStart)
 		default:
 			f.Version = strings.TrimSpace(banner)
 			f.Release, _, _ = strings.Cut(banner[len(bannerStart):], " ")
 			f.Distribution = distribution(f.Release, f.Version)
 		}
 	} else {
-		k.doubt("linux_banner", "the symbols do not have it")
+		k.doubt(DoubtBanner, "the symbols have no linux_banner")
 	}
 	if notes, ok := k.readBetween(ctx, "__start_notes", "__stop_notes", mostNotes); ok {
 		f.BuildID = buildID(notes)
@@ -121,6 +121,9 @@ func distribution(release, banner string) string {
 // (getboottime64 in kernel/time/timekeeping.c). It needs types.
 func (k *Kernel) readBootTime(ctx context.Context) {
 	at, ok := k.Image.Lookup("tk_core")
+	if !ok {
+		at, ok = k.Image.Lookup("timekeeper_data") // an array since 6.17, of which the first one is meant
+	}
 	if !ok || k.Types == nil {
 		return
 	}

@@ -38,6 +38,9 @@ type kallsyms struct {
 	offsets []byte // of 4 bytes, or addresses of 8
 	at      uint64 // where offsets is, guest-virtual
 	base    uint64 // for layouts that have one
+	// order has the numbers of the names as they are sorted, 3 bytes each, big
+	// endian, since 6.2; nil: there is no such table.
+	order []byte
 	// parts is where all that lies.
 	parts []Extent
 }
@@ -114,7 +117,11 @@ func kallsymsAt(s section, zero int, fits func(*kallsyms) error) (*kallsyms, err
 	if err != nil {
 		return nil, err
 	}
-	return k, k.findAddresses(s, names, end, fits)
+	if err := k.findAddresses(s, names, end, fits); err != nil {
+		return nil, err
+	}
+	k.findOrder(s, start)
+	return k, nil
 }
 
 // readTokens takes the tokens, of which that of '0' is at zero, and returns
@@ -382,8 +389,55 @@ func (k *kallsyms) ordered() bool {
 	return previous>>63 == 1
 }
 
+// findOrder finds the table of the names' order, behind the addresses or, in
+// 6.2 and 6.3, between the markers and the tokens.
+func (k *kallsyms) findOrder(s section, tokens int) {
+	behind := int(k.parts[len(k.parts)-1].End - s.gva)
+	markers := int(k.parts[1].End - s.gva)
+	for _, at := range []int{s.align(behind, 8), s.align(behind, 4), s.align(markers, 8)} {
+		end := at + 3*k.count
+		if end > len(s.data) || at < tokens && end > tokens {
+			continue
+		}
+		order := s.data[at:end]
+		if k.permutes(order) {
+			k.order = order
+			k.parts = append(k.parts, s.extent(at, end))
+			return
+		}
+	}
+}
+
+// permutes says whether a table has all numbers of names, or nearly.
+func (k *kallsyms) permutes(order []byte) bool {
+	seen, bad := make([]bool, k.count), 0
+	for i := range k.count {
+		n := sequence(order, i)
+		if n >= k.count || seen[n] {
+			bad++
+			continue
+		}
+		seen[n] = true
+	}
+	return bad <= k.count/64
+}
+
+func sequence(order []byte, i int) int {
+	return int(order[3*i])<<16 | int(order[3*i+1])<<8 | int(order[3*i+2])
+}
+
+// decoded is what a symbol table says, and what contradicts itself in it.
+type decoded struct {
+	symbols *Symbols
+	doubts  []Doubt
+}
+
+func (d *decoded) doubt(format string, args ...any) {
+	d.doubts = append(d.doubts, Doubt{DoubtSymbols, fmt.Sprintf(format, args...)})
+}
+
 // decode makes Symbols of the table, moved by -slide.
-func (k *kallsyms) decode(slide uint64) (*Symbols, error) {
+func (k *kallsyms) decode(slide uint64) (*decoded, error) {
 	total, at := 0, 0
 	for range k.count {
 		length, size := nameLength(k.names[at:])
@@ -411,23 +465,62 @@ func (k *kallsyms) decode(slide uint64) (*Symbols, error) {
 	}
 	all := string(text)
 	s := &Symbols{symbols: make([]Symbol, k.count), long: true}
-	start := 0
+	d := &decoded{symbols: s}
+	start, displaced := 0, 0
+	previous := uint64(0)
 	for i, end := range ends {
 		if end-start < 2 {
 			return nil, fmt.Errorf("symbol %d has no type and name", i)
 		}
 		sym := Symbol{Address: k.address(i), Type: all[start], Name: all[start+1 : end]}
+		start = end
 		if !symbolType(sym.Type) {
 			return nil, fmt.Errorf("symbol %d has the type %q", i, sym.Type)
+		}
+		if sym.Address < previous {
+			if displaced++; displaced == 1 {
+				d.doubt("the addresses do not go up from %#x to %#x (%s), though the kernel's build sorts them", previous, sym.Address, sym.Name)
+			}
+		} else {
+			previous = sym.Address
 		}
 		if !sym.Absolute() {
 			sym.Address -= slide
 		}
 		s.symbols[i] = sym
-		start = end
 	}
+	k.checkOrder(d)
 	s.sort()
-	return s, nil
+	return d, nil
+}
+
+// checkOrder doubts names that are not where the table of their order has them.
+func (k *kallsyms) checkOrder(d *decoded) {
+	if k.order == nil {
+		return
+	}
+	wrong := 0
+	var first, second string
+	previous := ""
+	for i := range k.count {
+		n := sequence(k.order, i)
+		if n >= k.count {
+			wrong++
+			continue
+		}
+		name := d.symbols.symbols[n].Name
+		if name < previous {
+			if wrong++; first == "" {
+				first, second = previous, name
+			}
+		}
+		previous = name
+	}
+	// A kernel built with clang's link-time optimization sorts names without
+	// their suffixes.
+	if wrong > 0 && wrong <= k.count/64 {
+		d.doubt("the table of the names' order does not fit the names: %q comes before %q", first, second)
+	}
 }
 
 // find returns the addresses of some symbols, by their places in names; 0: the
@@ -478,9 +571,10 @@ func (k *kallsyms) digest(text uint64) string {
 	if k.layout == layoutPercpu || k.layout == layoutBase {
 		base -= text
 	}
-	fmt.Fprintf(h, "%d %v %#x %#x %d\n", k.count, k.layout, base, k.at-text, len(k.names))
+	fmt.Fprintf(h, "%d %v %#x %#x %d %d\n", k.count, k.layout, base, k.at-text, len(k.names), len(k.order))
 	h.Write(k.table)
 	h.Write(k.names)
 	h.Write(k.offsets)
+	h.Write(k.order)
 	return hex.EncodeToString(h.Sum(nil))
 }

@@ -5,6 +5,7 @@ package guest
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
@@ -42,23 +43,14 @@ type Kernel struct {
 	Rodata      Extent           // __start_rodata..__end_rodata
 	Bases       Bases
 	Fingerprint Fingerprint
-	// Tables are where the kernel has its symbol table, in memory that it does
-	// not change.
-	Tables []Extent
+	// Seal tells when what all this was made of is changed.
+	Seal *Seal
 	// Doubts are contradictions in what the guest says of itself. An honest
 	// kernel has none.
 	Doubts []Doubt
-}
 
-// Doubt is a contradiction between two things that a guest says of itself: one
-// of them, or what was made of it, is wrong.
-type Doubt struct {
-	Object string `json:"object"` // symbol, table or register
-	Reason string `json:"reason"`
-}
-
-func (k *Kernel) doubt(object, format string, args ...any) {
-	k.Doubts = append(k.Doubts, Doubt{object, fmt.Sprintf(format, args...)})
+	cache *Cache
+	found *location
 }
 
 // View is the kernel read through Space.View: for one operation of many small
@@ -67,4 +59,35 @@ func (k *Kernel) View() *Kernel {
 	v := *k
 	v.Space = k.Space.View()
 	return &v
+}
+
+// Doubt is a contradiction between two things that a guest says of itself: one
+// of them, or what was made of it, is wrong.
+type Doubt struct {
+	Object string `json:"object"` // one of DoubtObjects
+	Reason string `json:"reason"`
+}
+
+// What there can be doubts of.
+const (
+	DoubtSymbols = "symbol table"
+	DoubtTypes   = "BTF"
+	DoubtModules = "modules"
+	DoubtTables  = "page tables"
+	DoubtBases   = "memory layout"
+	DoubtBanner  = "banner"
+)
+
+// DoubtObjects lists them.
+func DoubtObjects() []string {
+	return []string{DoubtSymbols, DoubtTypes, DoubtModules, DoubtTables, DoubtBases, DoubtBanner}
+}
+
+func (k *Kernel) doubt(object, format string, args ...any) {
+	k.Doubts = append(k.Doubts, Doubt{object, fmt.Sprintf(format, args...)})
+}
+
+// undoubt drops the doubts of some objects, to be found anew.
+func (k *Kernel) undoubt(objects ...string) {
+	k.Doubts = slices.DeleteFunc(slices.Clone(k.Doubts), func(d Doubt) bool { return slices.Contains(objects, d.Object) })
 }

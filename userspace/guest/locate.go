@@ -37,7 +37,7 @@ type location struct {
 	physical uint64 // guest-physical address of extent.Start
 	parts    []Mapping
 	handlers []uint64 // of the exceptions, that lie in the image
-	gates    int      // present gates of exceptions
+	gates    []Gate   // of the exceptions
 	cpus     int      // that agree
 	booted   bool     // a vCPU runs a program
 }
@@ -92,7 +92,7 @@ func locate(ctx context.Context, mem Memory, cpus []kvmaccess.VCPU, regions []Re
 			if at := slices.IndexFunc(found, same); at >= 0 {
 				found[at].cpus++
 				if len(found[at].handlers) < len(l.handlers) {
-					found[at].handlers = l.handlers
+					found[at].handlers, found[at].gates = l.handlers, l.gates
 				}
 				continue
 			}
@@ -146,21 +146,21 @@ func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*locatio
 		return not(Err32Bit, "has %v", mode.Format)
 	}
 	var handlers []uint64
-	gates := 0
+	var gates []Gate
 	for _, g := range ParseIDT(idt, true)[:min(32, len(idt)/16)] {
 		if !g.Present {
 			continue
 		}
-		gates++
+		gates = append(gates, g)
 		if g.Handler >= imageStart && g.Handler < imageEnd {
 			handlers = append(handlers, g.Handler)
 		}
 	}
 	switch {
-	case gates < fewestGates:
-		return not(ErrNotBooted, "has gates for %d exceptions only", gates)
-	case 2*len(handlers) <= gates:
-		return not(ErrNotLinux, "has %d of %d exceptions' handlers outside %#x-%#x, where Linux has its kernel", gates-len(handlers), gates, uint64(imageStart), uint64(imageEnd))
+	case len(gates) < fewestGates:
+		return not(ErrNotBooted, "has gates for %d exceptions only", len(gates))
+	case 2*len(handlers) <= len(gates):
+		return not(ErrNotLinux, "has %d of %d exceptions' handlers outside %#x-%#x, where Linux has its kernel", len(gates)-len(handlers), len(gates), uint64(imageStart), uint64(imageEnd))
 	}
 	root := mode.RootOf(v.CR3)
 	roots := []uint64{root}

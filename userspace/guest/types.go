@@ -544,6 +544,7 @@ func ReadTypes(ctx context.Context, k *Kernel) (*Types, error) {
 		return t, nil
 	}
 	if found := k.searchTypes(ctx, Extent{start, stop}); found != nil {
+		k.doubt(DoubtTypes, "where the symbols have it is none of this kernel, another one that is was found: %v", err)
 		return found, nil
 	}
 	return nil, err
@@ -566,7 +567,7 @@ func (k *Kernel) typesAt(ctx context.Context, start, stop uint64) (*Types, error
 
 // types decodes BTF and takes it if it is this kernel's.
 func (k *Kernel) types(ctx context.Context, raw []byte) (*Types, error) {
-	t, err := ParseTypes(raw, nil)
+	t, err := k.cache.parseTypes(raw)
 	if err != nil {
 		return nil, err
 	}
