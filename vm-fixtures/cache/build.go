@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/u-root/u-root/pkg/cpio"
@@ -23,23 +24,19 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 		return nil, fmt.Errorf("making it needs root (uid is %d)", os.Geteuid())
 	}
 	tree := filepath.Join(dir, treeName)
-	if err := bootstrap(ctx, tree, suite, log); err != nil {
+	if err := bootstrap(ctx, tree, "apt", suite, log); err != nil {
 		return nil, err
 	}
 
-	kernels, err := filepath.Glob(filepath.Join(tree, "boot", "vmlinuz-*"))
+	image, stock, err := onlyKernel(tree)
 	if err != nil {
 		return nil, err
 	}
-	if len(kernels) != 1 {
-		return nil, fmt.Errorf("%d kernels in the root, want one: %v", len(kernels), kernels)
-	}
-	stock := filepath.Base(kernels[0])[len("vmlinuz-"):]
 	m := &manifest{Kernel: stock, Files: map[string]Digest{}}
-	images := map[string]string{kernelName: kernels[0]}
+	images := map[string]string{kernelName: image}
 	if suite.Kernel != nil {
 		m.Guest = stock
-		images[guestKernelName] = kernels[0]
+		images[guestKernelName] = image
 		if images[kernelName], m.Kernel, err = installKernel(ctx, tree, suite, log); err != nil {
 			return nil, err
 		}
@@ -61,18 +58,7 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 	if err := WriteInitramfs(filepath.Join(dir, hostName), host); err != nil {
 		return nil, err
 	}
-	guest, err := moduleRecords(tree, stock, suite.GuestModules)
-	if err != nil {
-		return nil, err
-	}
-	for _, name := range []string{"dev", "proc", "sys", "tmp"} {
-		guest = append(guest, cpio.Directory(name, 0o755))
-	}
-	busybox, err := busyboxRecords(tree)
-	if err != nil {
-		return nil, err
-	}
-	if err := WriteInitramfs(filepath.Join(dir, guestName), append(guest, busybox...)); err != nil {
+	if err := guestRecords(filepath.Join(dir, guestName), tree, stock, suite.GuestModules); err != nil {
 		return nil, err
 	}
 
@@ -89,8 +75,48 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 	return m, err
 }
 
-// bootstrap unpacks a suite and installs its packages into dir.
-func bootstrap(ctx context.Context, dir string, suite Suite, log *slog.Logger) error {
+// onlyKernel is the one kernel in a root: its image and its release.
+func onlyKernel(tree string) (image, release string, err error) {
+	kernels, err := filepath.Glob(filepath.Join(tree, "boot", "vmlinuz-*"))
+	if err != nil {
+		return "", "", err
+	}
+	if len(kernels) == 0 {
+		// Until it is installed, it lies beside its modules in newer packages.
+		if kernels, err = filepath.Glob(filepath.Join(tree, "lib/modules/*/vmlinuz")); err != nil {
+			return "", "", err
+		}
+	}
+	if len(kernels) != 1 {
+		return "", "", fmt.Errorf("%d kernels in the root, want one: %v", len(kernels), kernels)
+	}
+	release, ok := strings.CutPrefix(filepath.Base(kernels[0]), "vmlinuz-")
+	if !ok {
+		release = filepath.Base(filepath.Dir(kernels[0]))
+	}
+	return kernels[0], release, nil
+}
+
+// guestRecords writes what a guest's initramfs has beside its init: modules of
+// a root's kernel, busybox, and directories.
+func guestRecords(name, tree, kernel string, modules []string) error {
+	records, err := moduleRecords(tree, kernel, modules)
+	if err != nil {
+		return err
+	}
+	for _, dir := range []string{"dev", "proc", "sys", "tmp"} {
+		records = append(records, cpio.Directory(dir, 0o755))
+	}
+	busybox, err := busyboxRecords(tree)
+	if err != nil {
+		return err
+	}
+	return WriteInitramfs(name, append(records, busybox...))
+}
+
+// bootstrap unpacks a suite and installs its packages into dir: in the variant
+// "apt", with "extract" they are unpacked alone.
+func bootstrap(ctx context.Context, dir, variant string, suite Suite, log *slog.Logger) error {
 	sources, err := aptSources("/etc/apt")
 	if err != nil {
 		return err
@@ -99,7 +125,7 @@ func bootstrap(ctx context.Context, dir string, suite Suite, log *slog.Logger) e
 	if err != nil {
 		return err
 	}
-	args := []string{"--variant=apt", "--format=directory", "--quiet"}
+	args := []string{"--variant=" + variant, "--format=directory", "--quiet"}
 	for _, p := range suite.Packages {
 		args = append(args, "--include="+p)
 	}

@@ -156,7 +156,7 @@ func buildKernel(ctx context.Context, dir string, suite Suite, log *slog.Logger)
 	}
 	with := suite
 	with.Packages = slices.Concat(k.Packages, []string{k.Source})
-	if err := bootstrap(ctx, root, with, log); err != nil {
+	if err := bootstrap(ctx, root, "apt", with, log); err != nil {
 		return nil, err
 	}
 	status, err := os.ReadFile(filepath.Join(root, "var/lib/dpkg/status"))

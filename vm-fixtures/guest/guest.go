@@ -33,6 +33,7 @@ type Config struct {
 	CPUs   int    // default 1
 	Memory int    // MiB; default 256
 	Append string // to the kernel's command line
+	Kernel string // one of the payload's host.KernelDir; default: the suite's own
 	CPU    string // QEMU's model; default "host"
 	Args   []string
 }
@@ -52,6 +53,20 @@ type Guest struct {
 	conn  net.Conn
 	reply *bufio.Reader
 	qmp   *qmp
+}
+
+// Kernels are those that the payload has besides the suite's own, for
+// Config.Kernel.
+func Kernels() ([]string, error) {
+	entries, err := os.ReadDir(filepath.Join(os.Getenv(host.Env), host.KernelDir))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names, err
 }
 
 // Start boots a guest and returns once its agent answers.
@@ -130,14 +145,19 @@ func arguments(payload, dir string, c Config) []string {
 	if memory == 0 {
 		memory = 256
 	}
+	kernel, initrd := host.GuestKernel, host.GuestInitramfs
+	if c.Kernel != "" {
+		dir := filepath.Join(host.KernelDir, c.Kernel)
+		kernel, initrd = filepath.Join(dir, filepath.Base(kernel)), filepath.Join(dir, filepath.Base(initrd))
+	}
 	// Tests of the kernel's ciphers are most of its boot under an emulator.
 	line := "console=ttyS0 loglevel=4 panic=-1 cryptomgr.notests rdinit=" + agent.Init + " " + c.Append
 	args := []string{
 		"-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-accel", "kvm", "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.CPUs)), "-m", strconv.Itoa(memory),
 		"-machine", "microvm,pic=on,pit=on,rtc=on,isa-serial=on",
-		"-kernel", filepath.Join(payload, host.GuestKernel),
-		"-initrd", filepath.Join(payload, host.GuestInitramfs),
+		"-kernel", filepath.Join(payload, kernel),
+		"-initrd", filepath.Join(payload, initrd),
 		"-append", strings.TrimSpace(line),
 		"-serial", "file:" + filepath.Join(dir, "console"),
 		"-qmp", "unix:" + filepath.Join(dir, "qmp") + ",server=on,wait=off",

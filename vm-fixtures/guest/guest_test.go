@@ -56,4 +56,12 @@ func TestArguments(t *testing.T) {
 			t.Errorf("no %q in %s", want, line)
 		}
 	}
+	for kernel, want := range map[string]string{
+		"":    "-kernel /payload/guest/vmlinuz -initrd /payload/guest/initramfs.cpio",
+		"6.1": "-kernel /payload/guests/6.1/vmlinuz -initrd /payload/guests/6.1/initramfs.cpio",
+	} {
+		if line := strings.Join(arguments("/payload", "/dir", Config{Kernel: kernel}), " "); !strings.Contains(line, want) {
+			t.Errorf("kernel %q: no %q in %s", kernel, want, line)
+		}
+	}
 }

@@ -30,6 +30,9 @@ const (
 	GuestKernel    = "guest/vmlinuz"
 	GuestInitramfs = "guest/initramfs.cpio"
 	AttackDir      = "/attacks"
+	// KernelDir has a directory for each guest kernel besides, by its name,
+	// with two files of these base names. Their guests have no attacks.
+	KernelDir = "guests"
 )
 
 // Env is the environment variable that names a payload's directory.
@@ -154,7 +157,28 @@ func stage(ctx context.Context, dir string, root *cache.Root, c Config) error {
 			return err
 		}
 	}
+	for _, name := range c.GuestKernels {
+		if err := stageKernel(ctx, filepath.Join(dir, KernelDir, name), name, me, c.Log); err != nil {
+			return err
+		}
+	}
 	return guestInitramfs(filepath.Join(dir, GuestInitramfs), root, me, attacks)
+}
+
+// stageKernel puts a guest kernel of that name into dir.
+func stageKernel(ctx context.Context, dir, name, init string, log *slog.Logger) error {
+	k, err := cache.GuestKernelNamed(name)
+	if err != nil {
+		return err
+	}
+	boot, err := cache.OpenGuestKernel(ctx, k, log)
+	if err != nil {
+		return err
+	}
+	if err := CopyFile(filepath.Join(dir, filepath.Base(GuestKernel)), boot.Vmlinuz); err != nil {
+		return err
+	}
+	return initramfs(filepath.Join(dir, filepath.Base(GuestInitramfs)), boot.Initramfs, agent.Init, init, nil)
 }
 
 // guestInitramfs appends the init and the attacks to what the root has.

@@ -34,19 +34,22 @@ type File struct {
 
 // Config says which host to boot and what to run in it.
 type Config struct {
-	Suite   string
-	Vendor  string        // of the host's processor: SVM, the default, or VMX
-	CPUs    int           // of the host; 1 with Icount
-	Memory  int           // MiB; 0: enough for tests
-	Icount  bool          // one instruction takes one nanosecond of the host's time
-	CPU     string        // the emulator's model and features; empty: DefaultCPU, or what all kernels boot on
-	Append  string        // to the kernel's command line
-	Module  string        // kvmaccess.ko; empty: built from the checkout
-	Files   []File        // for the payload
-	Args    []string      // the command; the first is looked up in the payload's bin
-	Env     []string      // NAME=value, for the command
-	Out     string        // directory for the files that the command leaves; empty: dropped
-	Timeout time.Duration // for all of it
+	Suite  string
+	Vendor string // of the host's processor: SVM, the default, or VMX
+	CPUs   int    // of the host; 1 with Icount
+	Memory int    // MiB; 0: enough for tests
+	Icount bool   // one instruction takes one nanosecond of the host's time
+	CPU    string // the emulator's model and features; empty: DefaultCPU, or what all kernels boot on
+	Append string // to the kernel's command line
+	Module string // kvmaccess.ko; empty: built from the checkout
+	Files  []File // for the payload
+	// GuestKernels names guest kernels, as cache.GuestKernelNamed has them, to
+	// take along beside the suite's own.
+	GuestKernels []string
+	Args         []string      // the command; the first is looked up in the payload's bin
+	Env          []string      // NAME=value, for the command
+	Out          string        // directory for the files that the command leaves; empty: dropped
+	Timeout      time.Duration // for all of it
 
 	Stdout, Stderr io.Writer // the command's
 	Log            *slog.Logger

@@ -146,6 +146,8 @@ func runFlags(cmd *cobra.Command, run func(context.Context, host.Config) (int, e
 	}
 	f := cmd.Flags()
 	f.StringVar(&c.Suite, "suite", defaultSuite, "Debian suite of host and guests")
+	f.StringSliceVar(&c.GuestKernels, "guest", nil, "kernel that guests can have beside the suite's own ("+
+		strings.Join(cache.GuestKernelNames(), ", ")+")")
 	f.StringVar(&c.Module, "module", "", "kvmaccess.ko to take along (default: built from this checkout)")
 	f.StringArrayVar(&files, "file", nil, "file to take along, `FROM[:TO]`; TO is relative to the payload (default bin/BASENAME)")
 	f.StringArrayVar(&c.Env, "env", nil, "environment of the command, `NAME=VALUE`")

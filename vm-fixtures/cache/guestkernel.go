@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: MIT
+
+package cache
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// GuestKernel is a stock kernel that guests can have whatever their host's is.
+type GuestKernel struct {
+	// Name is what a guest asks for it by.
+	Name string
+	// Suite says where its packages are; they are unpacked, not installed.
+	Suite Suite
+}
+
+var guestKernels = []GuestKernel{
+	// The archive's own release has no update of its package.
+	{Name: "5.10", Suite: guestSuite("bullseye", "linux-image-cloud-amd64")},
+	{Name: "6.1", Suite: guestSuite("bookworm", "linux-image-cloud-amd64", "-updates", "-security")},
+	{Name: "6.12", Suite: guestSuite("trixie", "linux-image-cloud-amd64", "-updates", "-security")},
+	{Name: "6.12-full", Suite: guestSuite("trixie", "linux-image-amd64", "-updates", "-security")},
+	{Name: "7.2", Suite: guestSuite("sid", "linux-image-cloud-amd64")},
+}
+
+// guestSuite are the packages that the kernel in one of them needs to be a
+// guest's, and modules beside those that any guest needs: some that depend on
+// others.
+func guestSuite(name, kernel string, pockets ...string) Suite {
+	return Suite{
+		Name: name,
+		// base-files has the links /lib and /sbin where /usr is all there is.
+		Packages: []string{"base-files", kernel, "busybox-static"},
+		Pockets:  pockets,
+		// What is older than the archive's last update has passed its date.
+		AptOptions:   []string{`Acquire::Check-Valid-Until "false"`},
+		GuestModules: slices.Concat(guestModules, []string{"loop", "dm_mod", "overlay", "fuse", "nf_tables"}),
+	}
+}
+
+// GuestKernelNames are those there are, by ascending version.
+func GuestKernelNames() []string {
+	var names []string
+	for _, k := range guestKernels {
+		names = append(names, k.Name)
+	}
+	return names
+}
+
+// GuestKernelNamed returns the kernel of that name, or an error that lists
+// those there are.
+func GuestKernelNamed(name string) (GuestKernel, error) {
+	i := slices.IndexFunc(guestKernels, func(k GuestKernel) bool { return k.Name == name })
+	if i < 0 {
+		return GuestKernel{}, fmt.Errorf("no guest kernel %q: there are %s", name, strings.Join(GuestKernelNames(), ", "))
+	}
+	return guestKernels[i], nil
+}
+
+// guestKernelRecipe changes whenever guests' kernels are made differently.
+const guestKernelRecipe = 1
+
+// guestStamp is the manifest of a completed guest kernel.
+type guestStamp struct {
+	Recipe  string            `json:"recipe"`
+	Release string            `json:"release"` // as uname -r says
+	Files   map[string]Digest `json:"files"`
+}
+
+// GuestBoot is what boots a guest.
+type GuestBoot struct {
+	Release   string // of its kernel, as uname -r says
+	Vmlinuz   string
+	Initramfs string // as Root.GuestInitramfs
+}
+
+// OpenGuestKernel returns the files of a guest's kernel. They are made if they
+// are not there, or not what they were when they were completed: that takes
+// half a minute and needs root and the package archives.
+func OpenGuestKernel(ctx context.Context, k GuestKernel, log *slog.Logger) (GuestBoot, error) {
+	base, err := Dir()
+	if err != nil {
+		return GuestBoot{}, err
+	}
+	return openGuestKernel(ctx, filepath.Join(base, "guests"), k, log, buildGuestKernel)
+}
+
+func openGuestKernel(ctx context.Context, base string, k GuestKernel, log *slog.Logger,
+	build func(ctx context.Context, dir string, k GuestKernel, log *slog.Logger) (release string, err error),
+) (GuestBoot, error) {
+	if err := os.MkdirAll(base, 0o755); err != nil {
+		return GuestBoot{}, err
+	}
+	l, err := openLock(filepath.Join(base, k.Name+".lock"))
+	if err != nil {
+		return GuestBoot{}, err
+	}
+	defer l.Close()
+	if err := l.acquire(ctx, unix.LOCK_EX, func() {
+		log.Info("waiting for another process that makes a guest's kernel", "kernel", k.Name)
+	}); err != nil {
+		return GuestBoot{}, err
+	}
+	dir := filepath.Join(base, k.Name)
+	boot, err := verifyGuestKernel(dir, k)
+	if err == nil {
+		return boot, nil
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		log.Warn("a guest's kernel is not what it was: making it again", "kernel", k.Name, "why", err)
+	}
+	tmp := dir + ".new"
+	if err := errors.Join(os.RemoveAll(tmp), os.RemoveAll(dir), os.Mkdir(tmp, 0o755)); err != nil {
+		return GuestBoot{}, err
+	}
+	fail := func(err error) (GuestBoot, error) {
+		return GuestBoot{}, errors.Join(fmt.Errorf("guest kernel %s: %w", k.Name, err), os.RemoveAll(tmp))
+	}
+	s := guestStamp{Recipe: k.key(), Files: map[string]Digest{}}
+	if s.Release, err = build(ctx, tmp, k, log); err != nil {
+		return fail(err)
+	}
+	for _, name := range []string{kernelName, guestName} {
+		if s.Files[name], err = DigestFile(filepath.Join(tmp, name)); err != nil {
+			return fail(err)
+		}
+	}
+	text, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return fail(err)
+	}
+	unix.Sync() // the stamp must not reach the disk before what it vouches for
+	if err := os.Rename(tmp, dir); err != nil {
+		return fail(err)
+	}
+	if err := writeAtomic(filepath.Join(dir, manifestName), text); err != nil {
+		return GuestBoot{}, err
+	}
+	return verifyGuestKernel(dir, k)
+}
+
+// key is what a recipe is recognised by.
+func (k GuestKernel) key() string {
+	text, err := json.Marshal(struct {
+		Recipe int
+		Kernel GuestKernel
+	}{guestKernelRecipe, k})
+	if err != nil {
+		panic(err) // strings and ints always marshal
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:])
+}
+
+func verifyGuestKernel(dir string, k GuestKernel) (GuestBoot, error) {
+	text, err := os.ReadFile(filepath.Join(dir, manifestName))
+	if err != nil {
+		return GuestBoot{}, err
+	}
+	var s guestStamp
+	if err := json.Unmarshal(text, &s); err != nil {
+		return GuestBoot{}, fmt.Errorf("%s: %w", manifestName, err)
+	}
+	if s.Recipe != k.key() {
+		return GuestBoot{}, errors.New("it was made by another recipe")
+	}
+	boot := GuestBoot{Release: s.Release, Vmlinuz: filepath.Join(dir, kernelName), Initramfs: filepath.Join(dir, guestName)}
+	for _, file := range []string{boot.Vmlinuz, boot.Initramfs} {
+		got, err := DigestFile(file)
+		if err != nil {
+			return GuestBoot{}, fmt.Errorf("it is gone: %s", err) // not ErrNotExist: it once was there
+		}
+		if want := s.Files[filepath.Base(file)]; got != want {
+			return GuestBoot{}, fmt.Errorf("%s: %d bytes, sha256 %s; was %d bytes, %s", file, got.Size, got.SHA256, want.Size, want.SHA256)
+		}
+	}
+	return boot, nil
+}
+
+// buildGuestKernel leaves the kernel and its initramfs in dir.
+func buildGuestKernel(ctx context.Context, dir string, k GuestKernel, log *slog.Logger) (release string, err error) {
+	if os.Geteuid() != 0 {
+		return "", fmt.Errorf("making it needs root (uid is %d)", os.Geteuid())
+	}
+	tree := filepath.Join(dir, treeName)
+	if err := bootstrap(ctx, tree, "extract", k.Suite, log); err != nil {
+		return "", err
+	}
+	image, release, err := onlyKernel(tree)
+	if err != nil {
+		return "", err
+	}
+	if err := run(ctx, "chroot", tree, "/sbin/depmod", release); err != nil {
+		return "", err
+	}
+	if err := os.Rename(image, filepath.Join(dir, kernelName)); err != nil {
+		return "", err
+	}
+	if err := guestRecords(filepath.Join(dir, guestName), tree, release, k.Suite.GuestModules); err != nil {
+		return "", err
+	}
+	return release, os.RemoveAll(tree)
+}
