@@ -45,8 +45,11 @@ func (t *target) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error {
 // regional is a target of which the regions of memory are known.
 type regional struct {
 	*target
-	guest.Regions
+	known guest.Regions
 }
+
+// Regions implements guest.Regions.
+func (r regional) Regions(ctx context.Context) ([]guest.Region, error) { return r.known.Regions(ctx) }
 
 // source is the target with all that its Source can do.
 func (t *target) source() guest.Source {
