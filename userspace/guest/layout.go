@@ -126,9 +126,6 @@ type moduleTable struct {
 	n     uint64
 }
 
-// maxModules bounds the modules that are walked.
-const maxTableModules = 4096
-
 // moduleTables lists a table of each module by the fields that say where it is
 // and how many entries it has. Modules that are not there yet have none.
 func (k *Kernel) moduleTables(ctx context.Context, start, count string) ([]moduleTable, error) {
@@ -141,7 +138,7 @@ func (k *Kernel) moduleTables(ctx context.Context, start, count string) ([]modul
 		return nil, err
 	}
 	var tables []moduleTable
-	err = k.List(ctx, "module list", head, maxTableModules, func(node uint64) error {
+	err = k.List(ctx, "module list", head, maxModules, func(node uint64) error {
 		o, err := k.Part(ctx, "module", node-list, "name", "state", start, count)
 		if err != nil {
 			return err

@@ -22,6 +22,7 @@ const (
 	TableStaticKey  Table = "static key"
 	TableStaticCall Table = "static call"
 	TableDispatcher Table = "bpf dispatcher"
+	TableBPF        Table = "bpf"
 )
 
 // Patch is a place in code that a kernel changes while it runs, and what must
@@ -30,7 +31,8 @@ type Patch struct {
 	Address uint64
 	Table   Table
 	Object  uint64   // of the table's entry
-	Want    [][]byte // what may be there: mostly one instruction, of 1 to 6 bytes
+	Want    [][]byte // what may be there: mostly one instruction, of 1 to 5 bytes
+	Cond    []uint64 // or a conditional jump of 6 bytes, whatever its condition, to one of these
 	Detail  string   // what the entry is of: "nop", "call ftrace_caller", ...
 }
 
@@ -74,7 +76,7 @@ func BranchTarget(at uint64, code []byte) (uint64, bool) {
 		return at + 5 + uint64(int64(int32(binary.LittleEndian.Uint32(code[1:])))), true
 	case len(code) >= 2 && code[0] == opcodeJmp8:
 		return at + 2 + uint64(int64(int8(code[1]))), true
-	case len(code) >= 6 && code[0] == 0x0f && code[1]&0xf0 == 0x80:
+	case conditional(code):
 		return at + 6 + uint64(int64(int32(binary.LittleEndian.Uint32(code[2:])))), true
 	}
 	return 0, false
@@ -131,7 +133,35 @@ func (p *Patch) fits(code []byte) (int, bool) {
 			return len(want), true
 		}
 	}
+	if len(p.Cond) > 0 && conditional(code) {
+		if to, _ := BranchTarget(p.Address, code); slices.Contains(p.Cond, to) {
+			return 6, true
+		}
+	}
 	return 0, false
+}
+
+// conditional says whether code begins with a conditional jump of 6 bytes.
+func conditional(code []byte) bool {
+	return len(code) >= 6 && code[0] == 0x0f && code[1]&0xf0 == 0x80
+}
+
+// mayChange says whether the kernel changes that byte of the instruction, and
+// not only what is around it: the condition of a jump stays.
+func (p *Patch) mayChange(code []byte, i uint64) bool {
+	return len(p.Cond) == 0 || !conditional(code) || i >= 2
+}
+
+// longest is how many bytes the longest instruction has that may be there.
+func (p *Patch) longest() int {
+	n := 0
+	if len(p.Cond) > 0 {
+		n = 6
+	}
+	for _, want := range p.Want {
+		n = max(n, len(want))
+	}
+	return n
 }
 
 // Violation is a place where code is not what its table says.
@@ -153,11 +183,7 @@ func (k *Kernel) Violations(ctx context.Context, patches []Patch) ([]Violation, 
 	code := codeReader{k: k}
 	for i := range patches {
 		p := &patches[i]
-		longest := 0
-		for _, want := range p.Want {
-			longest = max(longest, len(want))
-		}
-		have, err := code.at(ctx, p.Address, longest)
+		have, err := code.at(ctx, p.Address, p.longest())
 		if err != nil {
 			return found, &ObjectError{string(p.Table) + " site", p.Address, err}
 		}

@@ -3,7 +3,6 @@
 package guest
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"strings"
@@ -29,9 +28,6 @@ type StaticTrampoline struct {
 	Func    uint64 `json:"func"`
 	Name    string `json:"name"`
 }
-
-// maxStaticCall is the longest instruction at a site, a conditional jump.
-const maxStaticCall = 6
 
 // maxStaticCalls bounds the static-call sites of the kernel, or a module.
 const maxStaticCalls = 1 << 18
@@ -170,7 +166,7 @@ type staticCallCode struct {
 	nop        []byte
 	thunks     []uint64 // what a function returns through
 	ret        uint64   // __static_call_return
-	zero, warn uint64
+	zero, warn uint64   // functions that are not called, but done in place
 }
 
 func (k *Kernel) staticCallCode(ctx context.Context) (staticCallCode, error) {
@@ -222,42 +218,31 @@ func (c *staticCallCode) returns(at uint64) [][]byte {
 	return want
 }
 
-// want is what __static_call_transform() writes to a site or trampoline. have
-// is what is there: a jump may be a conditional one, which stays so.
-func (c *staticCallCode) want(at, function uint64, tail bool, have []byte) [][]byte {
-	one := func(code []byte) [][]byte {
-		if code == nil {
-			return nil
+// want is what __static_call_transform() writes to a site or trampoline. Where
+// a jump is to be there may be a conditional one, which stays so.
+func (c *staticCallCode) want(p *Patch, function uint64, tail bool) {
+	add := func(code []byte) {
+		if code != nil {
+			p.Want = append(p.Want, code)
 		}
-		return [][]byte{code}
 	}
 	switch {
 	case !tail && function == 0:
-		return one(c.nop)
+		add(c.nop)
 	case !tail && function == c.zero:
-		return staticZero
-	case !tail && function == c.warn:
-		return append(one(branch(opcodeCall, at, function)), staticWarn)
+		p.Want = staticZero
 	case !tail:
-		return one(branch(opcodeCall, at, function))
-	}
-	if len(have) == 6 && have[0] == 0x0f && have[1]&0xf0 == 0x80 {
-		targets := []uint64{function}
-		if function == 0 {
-			targets = append([]uint64{c.ret}, c.thunks...)
+		add(branch(opcodeCall, p.Address, function))
+		if function == c.warn {
+			add(staticWarn)
 		}
-		var want [][]byte
-		for _, target := range targets {
-			if code := branch(have[1], at+1, target); code != nil {
-				want = append(want, append([]byte{0x0f}, code...))
-			}
-		}
-		return want
+	case function == 0:
+		p.Want = c.returns(p.Address)
+		p.Cond = append([]uint64{c.ret}, c.thunks...)
+	default:
+		add(branch(opcodeJmp32, p.Address, function))
+		p.Cond = []uint64{function}
 	}
-	if function == 0 {
-		return c.returns(at)
-	}
-	return one(branch(opcodeJmp32, at, function))
 }
 
 // StaticCallPatches says what must be at each static-call site and trampoline.
@@ -267,32 +252,23 @@ func (k *Kernel) StaticCallPatches(ctx context.Context, sites []StaticCall, tram
 	c, err := k.staticCallCode(ctx)
 	var errs problems
 	errs.add(err)
-	code := codeReader{k: k}
 	patches := make([]Patch, 0, len(sites)+len(trampolines))
 	for i := range sites {
 		s := &sites[i]
 		if s.Init {
 			continue
 		}
-		have, err := code.at(ctx, s.Address, maxStaticCall)
-		if err != nil {
-			errs.add(&ObjectError{"static call site", s.Address, err})
-			continue
-		}
-		detail := fmt.Sprintf("call %#x", s.Func)
+		p := Patch{Address: s.Address, Table: TableStaticCall, Object: s.Entry, Detail: fmt.Sprintf("call %#x", s.Func)}
 		if s.Func == 0 {
-			detail = "call nothing"
+			p.Detail = "call nothing"
 		}
-		patches = append(patches, Patch{Address: s.Address, Table: TableStaticCall, Object: s.Entry,
-			Want: c.want(s.Address, s.Func, s.Tail, bytes.Clone(have)), Detail: detail})
+		c.want(&p, s.Func, s.Tail)
+		patches = append(patches, p)
 	}
 	for _, t := range trampolines {
-		patches = append(patches, Patch{Address: t.Address, Table: TableStaticCall, Object: t.Key,
-			Want: c.trampoline(t), Detail: fmt.Sprintf("trampoline of %s to %#x", t.Name, t.Func)})
+		p := Patch{Address: t.Address, Table: TableStaticCall, Object: t.Key, Detail: fmt.Sprintf("trampoline of %s to %#x", t.Name, t.Func)}
+		c.want(&p, t.Func, true)
+		patches = append(patches, p)
 	}
 	return patches, errs.err()
-}
-
-func (c *staticCallCode) trampoline(t StaticTrampoline) [][]byte {
-	return c.want(t.Address, t.Func, true, nil)
 }

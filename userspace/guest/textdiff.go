@@ -119,7 +119,8 @@ func (s *PatchSet) explain(base uint64, now []byte, addr uint64) *Patch {
 		if p.Address < base {
 			continue // it begins before the code that is at hand
 		}
-		if n, ok := p.fits(now[p.Address-base:]); ok && addr-p.Address < uint64(n) {
+		code := now[p.Address-base:]
+		if n, ok := p.fits(code); ok && addr-p.Address < uint64(n) && p.mayChange(code, addr-p.Address) {
 			return p
 		}
 	}
