@@ -122,7 +122,7 @@ func distribution(release, banner string) string {
 func (k *Kernel) readBootTime(ctx context.Context) {
 	at, ok := k.Image.Lookup("tk_core")
 	if !ok {
-		at, ok = k.Image.Lookup("timekeeper_data") // an array since 6.17, of which the first one is meant
+		at, ok = k.Image.Lookup("timekeeper_data") // an array in newer kernels, of which the first one is meant
 	}
 	if !ok || k.Types == nil {
 		return

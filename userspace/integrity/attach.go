@@ -48,7 +48,13 @@ func (m *Monitor) attach(ctx context.Context) error {
 		return nil
 	}
 	handler := medianHandler(gates)
-	m.findImage(gates)
+	if m.opts.Symbols == nil {
+		if ok, err := m.findKernel(ctx); !ok {
+			return err
+		}
+	} else {
+		m.findImage(gates)
+	}
 	if g.Image != nil && !m.fixRoot(ctx, handler) {
 		if table, ok := g.Image.Lookup(tableSyscalls); ok {
 			if root, err := m.kernelRoot(ctx, table); err == nil {
@@ -56,7 +62,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 			}
 		}
 	}
-	if g.Image != nil && !m.symbolsFit(ctx) {
+	if g.Image != nil && g.Kernel == nil && !m.symbolsFit(ctx) {
 		m.problem("%v (the gates of the IDT fit, the system call table does not)", guest.ErrSymbolsMismatch)
 		g.Image, m.rootFixed = nil, false
 	}
@@ -78,6 +84,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 	if !m.booted(ctx, idt) {
 		return nil
 	}
+	m.takeKernel(ctx)
 	m.handler, m.textAt = handler, 0
 	if t, err := guest.Translate(ctx, m.mem, g.Mode, m.root, handler); err == nil {
 		m.textAt = t.GPA
@@ -103,9 +110,13 @@ func (m *Monitor) attach(ctx context.Context) error {
 	m.layout()
 	m.status.State, m.status.Reason = StateWatching, ""
 	if g.Image != nil {
-		m.status.Symbols, m.status.Slide = g.Image.Symbols.Len(), Hex(g.Image.Slide)
+		m.status.Symbols, m.status.Slide = g.Image.Len(), Hex(g.Image.Slide)
 	} else {
 		m.status.Symbols, m.status.Slide = 0, 0
+	}
+	m.status.Kernel = nil
+	if g.Kernel != nil {
+		m.status.Kernel = &g.Kernel.Fingerprint
 	}
 	return m.reread(ctx)
 }
@@ -169,10 +180,6 @@ func medianHandler(gates []guest.Gate) uint64 {
 }
 
 func (m *Monitor) findImage(gates []guest.Gate) {
-	if m.opts.Symbols == nil {
-		m.problem("no symbols: handlers are compared with the kernel's text, not with names, and system call tables are not checked")
-		return
-	}
 	if m.opts.Symbols.Long() != m.g.Mode.Long() {
 		m.problem("the symbols are those of a kernel of another width than the guest's")
 		return

@@ -32,11 +32,12 @@ const (
 	checkMSR      = "msr"
 	checkControl  = "control"
 	checkMemory   = "memory"
+	checkKernel   = "kernel"
 )
 
 // Checks returns all checks.
 func Checks() []Check {
-	return []Check{SyscallCheck{}, IDTCheck{}, GDTCheck{}, MSRCheck{}, ControlCheck{}, MemoryCheck{}}
+	return []Check{SyscallCheck{}, IDTCheck{}, GDTCheck{}, MSRCheck{}, ControlCheck{}, MemoryCheck{}, KernelCheck{}}
 }
 
 // CheckByName finds one of Checks.
@@ -70,6 +71,11 @@ type Guest struct {
 	VM    VM
 	Mode  guest.Mode
 	Image *guest.Image // nil: no symbols
+	// Kernel is what was found in the guest's memory; nil: it was not, or the
+	// symbols come out of a file.
+	Kernel *guest.Kernel
+	// Doubts are why some of what the kernel says of itself is wrong.
+	Doubts []guest.Doubt
 	// Text is the kernel image's code; empty: unknown.
 	Text guest.Extent
 	// Linux says whether the guest looks like one; nothing is expected of

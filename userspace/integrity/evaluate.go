@@ -16,6 +16,7 @@ func (m *Monitor) evaluate(ctx context.Context) error {
 	if !m.attaching && (m.restarted() || m.left(ctx)) {
 		return m.attach(ctx)
 	}
+	m.nameModules(ctx)
 	if !m.based {
 		m.taken = m.now()
 	}

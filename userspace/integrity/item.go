@@ -119,7 +119,7 @@ func (v *Value) text(it *Item, full bool) string {
 		return "clear"
 	case it.Flag:
 		return "set"
-	case it.Check == checkGDT && it.Entry != nil, it.Check == checkMemory:
+	case it.Check == checkGDT && it.Entry != nil, it.Check == checkMemory, it.Check == checkKernel:
 		return v.Detail
 	}
 	s := v.Value.String()

@@ -27,7 +27,8 @@ type Source interface {
 
 // Options of a Monitor; the zero value works.
 type Options struct {
-	Symbols     *guest.Symbols // of the guest's kernel; nil: only what needs no symbols is checked
+	Symbols     *guest.Symbols // of the guest's kernel, to be used instead of those in its memory; nil: the guest's own
+	Cache       *guest.Cache   // shared with Monitors of other guests; nil: none
 	Baseline    *Baseline      // of an earlier Monitor of this VM; nil: the first sight becomes it
 	Checks      []Check        // default: Checks()
 	Ranges      []MemoryRange  // guest memory that MemoryCheck watches
@@ -56,19 +57,22 @@ const (
 
 // Status is how a Monitor fares.
 type Status struct {
-	State    State    `json:"state"`
-	Reason   string   `json:"reason,omitempty"`   // why it waits
-	Symbols  int      `json:"symbols"`            // in use; 0: none given or they do not fit the guest
-	Slide    Hex      `json:"slide"`              // of the running kernel against the symbols
-	Problems []string `json:"problems,omitempty"` // what cannot be checked, and why
-	VCPUs    int      `json:"vcpus"`              // watched
-	Waiting  int      `json:"waiting"`            // vCPUs that are not in the kernel, or not yet
-	Bytes    int      `json:"bytes"`              // of guest memory compared each tick
-	Open     int      `json:"open"`               // findings that hold now
-	Pending  int      `json:"pending"`            // findings that the next ticks return
-	Ticks    uint64   `json:"ticks"`
-	Slow     uint64   `json:"slow"`   // ticks that saw a difference and had to decode
-	Unread   uint64   `json:"unread"` // times that something could not be read for a reason of the host
+	State   State  `json:"state"`
+	Reason  string `json:"reason,omitempty"` // why it waits
+	Symbols int    `json:"symbols"`          // in use; 0: there are none
+	Slide   Hex    `json:"slide"`            // of the running kernel against the symbols
+	// Kernel is the guest's, as it says itself; nil: it was not found in the
+	// guest's memory, or the symbols come out of a file.
+	Kernel   *guest.Fingerprint `json:"kernel,omitempty"`
+	Problems []string           `json:"problems,omitempty"` // what cannot be checked, and why
+	VCPUs    int                `json:"vcpus"`              // watched
+	Waiting  int                `json:"waiting"`            // vCPUs that are not in the kernel, or not yet
+	Bytes    int                `json:"bytes"`              // of guest memory compared each tick
+	Open     int                `json:"open"`               // findings that hold now
+	Pending  int                `json:"pending"`            // findings that the next ticks return
+	Ticks    uint64             `json:"ticks"`
+	Slow     uint64             `json:"slow"`   // ticks that saw a difference and had to decode
+	Unread   uint64             `json:"unread"` // times that something could not be read for a reason of the host
 }
 
 // Monitor watches one VM. Its methods are for one goroutine at a time.
@@ -96,6 +100,10 @@ type Monitor struct {
 	data    [][]byte              // what was read of ranges last; nil: nothing could be
 	errs    []error               // why
 	dst     []kvmaccess.RangeData // for the next read
+
+	kernel    *guest.Kernel // as found last; nil: it was not
+	fresh     bool          // all of it was just read
+	refreshed time.Time     // when what changes of it was
 
 	attaching bool
 
@@ -218,15 +226,22 @@ type sourceMemory struct {
 }
 
 func (s sourceMemory) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error {
-	out, err := s.src.ReadPhysical(ctx, s.vm, kvmaccess.Range{Address: gpa, Length: uint32(len(p))})
-	if err != nil {
-		return err
+	for len(p) > 0 {
+		n := min(len(p), kvmaccess.MaxBytes)
+		out, err := s.src.ReadPhysical(ctx, s.vm, kvmaccess.Range{Address: gpa, Length: uint32(n)})
+		if err != nil {
+			return err
+		}
+		if len(out) != 1 || out[0].Err == nil && len(out[0].Data) != n {
+			return errors.New("the answer does not fit the request")
+		}
+		if out[0].Err != nil {
+			return out[0].Err
+		}
+		copy(p, out[0].Data)
+		p, gpa = p[n:], gpa+uint64(n)
 	}
-	if len(out) != 1 || out[0].Err == nil && len(out[0].Data) != len(p) {
-		return errors.New("the answer does not fit the request")
-	}
-	copy(p, out[0].Data)
-	return out[0].Err
+	return nil
 }
 
 // Attach looks at the whole VM, takes the baseline unless there is one
@@ -295,6 +310,7 @@ func (m *Monitor) capture(ctx context.Context, now time.Time) (layout, dirty boo
 		if err != nil {
 			return false, false, err
 		}
+		dirty = m.verify(ctx)
 	}
 	ready := 0
 	for i := 0; i < len(m.cpus); i++ {

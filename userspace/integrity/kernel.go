@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT
+
+package integrity
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
+)
+
+// kernelSource is what the Monitor knows of the guest as guest.Attach reads it.
+type kernelSource struct {
+	guest.Memory
+	cpus []kvmaccess.VCPU
+}
+
+// VCPUs implements guest.Source.
+func (s kernelSource) VCPUs(context.Context) ([]kvmaccess.VCPU, error) { return s.cpus, nil }
+
+// modulesEvery bounds how often the guest's modules are read anew.
+const modulesEvery = time.Second
+
+// findKernel finds the guest's kernel in its memory, the one that was found
+// before if that still, or again, runs. It returns false if the Monitor is to
+// wait; an error is one of reading.
+func (m *Monitor) findKernel(ctx context.Context) (bool, error) {
+	src := kernelSource{Memory: m.mem}
+	for _, c := range m.cpus {
+		src.cpus = append(src.cpus, c.state)
+	}
+	if m.kernel != nil && m.kernel.Runs(ctx, src.cpus) != nil {
+		m.kernel = nil
+	}
+	var err error
+	if m.kernel == nil {
+		m.kernel, err = guest.Attach(ctx, src, guest.AttachOptions{Early: true, Cache: m.opts.Cache})
+		m.fresh, m.refreshed = true, m.now()
+	}
+	switch {
+	case err == nil:
+		m.g.Kernel, m.g.Image = m.kernel, m.kernel.Image
+	case errors.Is(err, guest.ErrNotBooted):
+		m.wait(err.Error())
+		return false, nil
+	case errors.Is(err, kvmaccess.ErrNotResident), errors.Is(err, kvmaccess.ErrUnsettled):
+		return false, m.unreadable("the kernel", err)
+	case errors.Is(err, guest.ErrNoTables):
+		m.g.Doubts = []guest.Doubt{{Object: guest.DoubtSymbols, Reason: err.Error()}}
+		m.withoutSymbols(err)
+	case isAny(err, guest.ErrNotLinux, guest.Err32Bit, guest.ErrNoMemory), guestError(err):
+		m.withoutSymbols(err)
+	default:
+		return false, m.unreadable("the kernel", err)
+	}
+	return true, nil
+}
+
+func isAny(err error, targets ...error) bool {
+	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
+}
+
+func (m *Monitor) withoutSymbols(err error) {
+	m.problem("no symbols: %v; handlers are compared with the kernel's text, not with names, and system call tables are not checked", err)
+}
+
+// takeKernel reads of the kernel what boot has brought.
+func (m *Monitor) takeKernel(ctx context.Context) {
+	k := m.g.Kernel
+	if k == nil {
+		return
+	}
+	if !m.fresh {
+		k.Refresh(ctx)
+		m.refreshed = m.now()
+	}
+	m.fresh = false
+	m.g.Image = k.Image
+	m.g.Doubts = append(slices.Clone(k.Doubts), k.Seal.Broken()...)
+	for _, d := range k.Doubts {
+		if d.Object == guest.DoubtModules {
+			m.problem("not all modules can be named: %s", d.Reason)
+		}
+	}
+	if errors.Is(k.TypesErr, guest.ErrNoTypes) {
+		m.problem("modules cannot be named: %v", k.TypesErr)
+	}
+}
+
+// verify looks at a piece of what the kernel's symbols and types were made of.
+// It returns true if there is something to say.
+func (m *Monitor) verify(ctx context.Context) bool {
+	if m.g == nil || m.g.Kernel == nil {
+		return false
+	}
+	k := m.g.Kernel
+	same, err := k.Seal.Look(ctx, k.Space)
+	if err != nil {
+		m.status.Unread++
+		return false
+	}
+	if same {
+		return false
+	}
+	m.g.Doubts = append(slices.Clone(k.Doubts), k.Seal.Broken()...)
+	for i := range m.objects {
+		if m.objects[i].check == checkKernel {
+			m.objects[i].dirty = true
+		}
+	}
+	return true
+}
+
+// nameModules takes up which modules there are by now, to name handlers.
+func (m *Monitor) nameModules(ctx context.Context) {
+	k := m.g.Kernel
+	if k == nil || k.Types == nil {
+		return
+	}
+	if d := m.now().Sub(m.refreshed); d >= 0 && d < modulesEvery {
+		return
+	}
+	m.refreshed = m.now()
+	// What cannot be read is not named; the next look may find it in order.
+	if err := k.ReadModules(ctx); err != nil && !guestError(err) {
+		m.status.Unread++
+	}
+	m.g.Image = k.Image
+}
