@@ -3,10 +3,14 @@
 package daemon
 
 import (
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
 // account counts what ticks do. One goroutine at a time writes it; any may
@@ -16,6 +20,38 @@ type account struct {
 	lateMax, lateSum      atomic.Int64
 	tickMax, tickSum      atomic.Int64
 	findings              atomic.Uint64
+
+	mu    sync.Mutex
+	reads kvmaccess.MemoryStats // by memories that are not in use any more
+	// memory is the one in use, if it counts.
+	memory counted
+}
+
+// counted is a memory that knows what was read of it; *kvmaccess.Memory is one.
+type counted interface {
+	Stats() kvmaccess.MemoryStats
+	Close() error
+}
+
+// count counts what is read through memory from now on, nil: through none, and
+// closes the one before.
+func (a *account) count(memory guest.Memory) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.memory != nil {
+		a.reads = a.reads.Add(a.memory.Stats())
+		_ = a.memory.Close()
+	}
+	a.memory, _ = memory.(counted)
+}
+
+func (a *account) memoryReads() kvmaccess.MemoryStats {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.memory == nil {
+		return a.reads
+	}
+	return a.reads.Add(a.memory.Stats())
 }
 
 // tick counts one that began late after its deadline and took so long.
@@ -43,6 +79,7 @@ func (a *account) snapshot() Account {
 		LateSum: time.Duration(a.lateSum.Load()),
 		TickMax: time.Duration(a.tickMax.Load()),
 		TickSum: time.Duration(a.tickSum.Load()),
+		Reads:   a.memoryReads(),
 	}
 }
 
@@ -56,6 +93,7 @@ func (a Account) add(b Account) Account {
 		LateSum: a.LateSum + b.LateSum,
 		TickMax: max(a.TickMax, b.TickMax),
 		TickSum: a.TickSum + b.TickSum,
+		Reads:   a.Reads.Add(b.Reads),
 	}
 }
 

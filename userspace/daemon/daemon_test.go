@@ -225,7 +225,7 @@ func TestAPINames(t *testing.T) {
 	for path, names := range map[string][]string{
 		"/v1/health": {"ok", "problems", "pid", "started", "period", "module", "vms", "unwritten"},
 		"/v1/stats": {"time", "uptime", "cpu", "user", "system", "module", "wakeups", "ticks", "missed", "failed",
-			"late_max", "late_sum", "tick_max", "tick_sum", "findings", "vms"},
+			"late_max", "late_sum", "tick_max", "tick_sum", "reads", "findings", "vms"},
 	} {
 		text, err := raw(r, "GET", path)
 		if err != nil {

@@ -90,6 +90,7 @@ const quickTicks = 64
 // run watches the VM until it is gone or ctx ends.
 func (k *keeper) run(ctx context.Context) {
 	defer k.problems.clear(k.subject())
+	defer k.account.count(nil)
 	k.job = newJob(k.config.Period, &k.account, k.tick)
 	for {
 		watch, cancel := context.WithCancel(ctx)
@@ -206,6 +207,7 @@ func (k *keeper) prepare() error {
 	k.memory = nil
 	if memory := k.host.memory(k.src, k.vm); memory != nil {
 		k.memory = &coldMemory{memory: memory}
+		k.account.count(memory)
 		options.Memory = k.memory
 	}
 	var file, lacks string

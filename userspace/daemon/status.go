@@ -74,6 +74,10 @@ type Account struct {
 	// TickMax and TickSum: wall time from a tick's beginning to its end.
 	TickMax time.Duration `json:"tick_max"`
 	TickSum time.Duration `json:"tick_sum"`
+	// Reads of guest memory beside those of ticks, and which way they went: to
+	// attach to a guest, and of what ticks found not resident. What ticks read
+	// is in Stats.Module, as mem_read.
+	Reads kvmaccess.MemoryStats `json:"reads"`
 }
 
 // Stats is what monitoring costs. Between two of them, the cost as a fraction

@@ -30,7 +30,9 @@ func (a *app) stats() *cobra.Command {
 		Short: "Show what monitoring did and cost",
 		Long: `Show what the module and, while it runs, the daemon did and what it cost since
 they were started. The CPU time that monitoring takes is the daemon's own, the
-module's worker's and that of the module's interrupts, together.`,
+module's worker's and that of the module's interrupts, together. Of what the
+daemon read to attach to guests it says which way: by netlink, from the VMM by
+process_vm_readv, or so that it had to be made resident (faulted in).`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx := cmd.Context()
@@ -105,7 +107,8 @@ func (a *app) printStats(s statsJSON) error {
 		return err
 	}
 	d := s.Daemon
-	_, err := fmt.Fprintf(a.out, "\ndaemon: up %v, CPU %v (user %v, system %v), %s, %d missed, %d failed, %s\n",
-		d.Uptime.Round(time.Second), d.CPU, d.User, d.System, plural(d.Ticks, "tick"), d.Missed, d.Failed, plural(d.Findings, "finding"))
+	_, err := fmt.Fprintf(a.out, "\ndaemon: up %v, CPU %v (user %v, system %v), %s, %d missed, %d failed, %s\nread to attach: %s\n",
+		d.Uptime.Round(time.Second), d.CPU, d.User, d.System, plural(d.Ticks, "tick"), d.Missed, d.Failed, plural(d.Findings, "finding"),
+		pathsText(d.Reads))
 	return err
 }
