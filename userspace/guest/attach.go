@@ -103,7 +103,7 @@ const mostSection = 256 << 20
 
 // findTables finds the symbol table in the image, first where no kernel of
 // these days lets it be written or executed.
-func (l *location) findTables(ctx context.Context) (*kallsyms, section, error) {
+func (l *location) findTables(ctx context.Context) (*kallsyms, *section, error) {
 	rank := func(m Mapping) int {
 		switch {
 		case !m.Writable && !m.Executable:
@@ -122,13 +122,13 @@ func (l *location) findTables(ctx context.Context) (*kallsyms, section, error) {
 		if m.Size < 64<<10 || m.Size > mostSection {
 			continue
 		}
-		s, err := l.section(ctx, Extent{m.GVA, m.GVA + m.Size})
-		if err != nil {
-			return nil, section{}, err
-		}
+		s := l.section(ctx, Extent{m.GVA, m.GVA + m.Size})
 		k, err := findKallsyms(s, l.fits)
-		if err == nil {
+		switch {
+		case err == nil:
 			return k, s, nil
+		case s.err != nil:
+			return nil, nil, s.err
 		}
 		if reason == errNoKallsyms {
 			reason = err
@@ -136,9 +136,9 @@ func (l *location) findTables(ctx context.Context) (*kallsyms, section, error) {
 		linux = linux || bytes.Contains(s.data, []byte(bannerStart))
 	}
 	if !linux {
-		return nil, section{}, fmt.Errorf("%w: what lies at %#x-%#x, where Linux has its kernel, says nowhere that it is one", ErrNotLinux, l.extent.Start, l.extent.End)
+		return nil, nil, fmt.Errorf("%w: what lies at %#x-%#x, where Linux has its kernel, says nowhere that it is one", ErrNotLinux, l.extent.Start, l.extent.End)
 	}
-	return nil, section{}, fmt.Errorf("%w: %w", ErrNoTables, reason)
+	return nil, nil, fmt.Errorf("%w: %w", ErrNoTables, reason)
 }
 
 // fits says why a symbol table is not that of the image: by it the image's

@@ -80,22 +80,49 @@ var errNoKallsyms = errors.New("no symbol table")
 // for itself because symbols' names have all of them.
 var digits = []byte("0\x001\x002\x003\x004\x005\x006\x007\x008\x009\x00")
 
-// section is a run of the guest's bytes.
+// section is a run of the guest's bytes, which are read as far as they are
+// looked at.
 type section struct {
 	gva  uint64
-	data []byte
+	data []byte                       // what was read of it, of capacity for all
+	read func(at int, p []byte) error // more of it; nil: data is all
+	err  error                        // of read
+}
+
+// loadStep is how much of a section is read at once, in bytes.
+const loadStep = 512 << 10
+
+// load reads the section at least up to end, and says whether it goes so far.
+func (s *section) load(end int) bool {
+	have := len(s.data)
+	if end <= have {
+		return true
+	}
+	if end > cap(s.data) || s.read == nil || s.err != nil {
+		return false
+	}
+	next := min(max(end, have+loadStep), cap(s.data))
+	if s.err = s.read(have, s.data[have:next]); s.err != nil {
+		return false
+	}
+	s.data = s.data[:next]
+	return true
 }
 
 // findKallsyms looks for symbol tables in a section. fits says whether the
 // addresses of a table fit what is known of the running kernel: nil, or why
 // not. The first that does is returned. The error is errNoKallsyms with what
 // came nearest.
-func findKallsyms(s section, fits func(*kallsyms) error) (*kallsyms, error) {
+func findKallsyms(s *section, fits func(*kallsyms) error) (*kallsyms, error) {
 	nearest := errNoKallsyms
 	for from := 0; ; {
 		i := bytes.Index(s.data[from:], digits)
 		if i < 0 {
-			return nil, nearest
+			from = max(from, len(s.data)-len(digits)+1)
+			if !s.load(len(s.data) + 1) {
+				return nil, nearest
+			}
+			continue
 		}
 		k, err := kallsymsAt(s, from+i, fits)
 		if err == nil {
@@ -107,7 +134,7 @@ func findKallsyms(s section, fits func(*kallsyms) error) (*kallsyms, error) {
 }
 
 // kallsymsAt makes out the symbol table that has its digits at data[zero:].
-func kallsymsAt(s section, zero int, fits func(*kallsyms) error) (*kallsyms, error) {
+func kallsymsAt(s *section, zero int, fits func(*kallsyms) error) (*kallsyms, error) {
 	k := &kallsyms{}
 	start, end, err := k.readTokens(s, zero)
 	if err != nil {
@@ -126,7 +153,8 @@ func kallsymsAt(s section, zero int, fits func(*kallsyms) error) (*kallsyms, err
 
 // readTokens takes the tokens, of which that of '0' is at zero, and returns
 // where their table begins and their index ends.
-func (k *kallsyms) readTokens(s section, zero int) (start, end int, err error) {
+func (k *kallsyms) readTokens(s *section, zero int) (start, end int, err error) {
+	s.load(min(zero+256*longestToken+512, cap(s.data)))
 	at := zero
 	var length [256]int
 	for i := '0'; i < 256; i++ {
@@ -178,20 +206,20 @@ func (k *kallsyms) readTokens(s section, zero int) (start, end int, err error) {
 }
 
 // align is the first offset from off on of which the address is a multiple.
-func (s section) align(off, multiple int) int {
+func (s *section) align(off, multiple int) int {
 	at := s.gva + uint64(off)
 	return off + int(-at&uint64(multiple-1))
 }
 
-func (s section) extent(start, end int) Extent {
+func (s *section) extent(start, end int) Extent {
 	return Extent{s.gva + uint64(start), s.gva + uint64(end)}
 }
 
-func (s section) u32(off int) uint32 { return binary.LittleEndian.Uint32(s.data[off:]) }
+func (s *section) u32(off int) uint32 { return binary.LittleEndian.Uint32(s.data[off:]) }
 
 // findNames finds the markers and the names in front of the tokens, and
 // returns where the number of names stands.
-func (k *kallsyms) findNames(s section, tokens int) (int, error) {
+func (k *kallsyms) findNames(s *section, tokens int) (int, error) {
 	// Between markers and tokens there may be 3 or 4 bytes for each name.
 	const perBlock = 256 * (4 + 4)
 	last := s.align(tokens-4, 4)
@@ -230,7 +258,7 @@ func plausibleStep(a, b uint32) bool {
 }
 
 // namesBefore finds the names in front of count markers at data[markers:].
-func (k *kallsyms) namesBefore(s section, markers, count int) (int, error) {
+func (k *kallsyms) namesBefore(s *section, markers, count int) (int, error) {
 	final := int(s.u32(markers + 4*(count-1)))
 	// The names end in front of the markers; the last of them, up to 256, have
 	// no marker to tell how long they are.
@@ -293,7 +321,7 @@ func nameLength(p []byte) (length, size int) {
 
 // findAddresses finds the addresses, in front of the number of names or behind
 // the token index, and how they are written.
-func (k *kallsyms) findAddresses(s section, number, index int, fits func(*kallsyms) error) error {
+func (k *kallsyms) findAddresses(s *section, number, index int, fits func(*kallsyms) error) error {
 	type place struct {
 		layouts []addressLayout
 		offsets int
@@ -320,7 +348,7 @@ func (k *kallsyms) findAddresses(s section, number, index int, fits func(*kallsy
 			width = 8
 		}
 		end := p.offsets + width*k.count
-		if p.offsets < 0 || end > len(s.data) || p.base+8 > len(s.data) {
+		if p.offsets < 0 || !s.load(end) || p.base >= 0 && !s.load(p.base+8) {
 			continue
 		}
 		for _, layout := range p.layouts {
@@ -391,12 +419,12 @@ func (k *kallsyms) ordered() bool {
 
 // findOrder finds the table of the names' order, behind the addresses or, in
 // 6.2 and 6.3, between the markers and the tokens.
-func (k *kallsyms) findOrder(s section, tokens int) {
+func (k *kallsyms) findOrder(s *section, tokens int) {
 	behind := int(k.parts[len(k.parts)-1].End - s.gva)
 	markers := int(k.parts[1].End - s.gva)
 	for _, at := range []int{s.align(behind, 8), s.align(behind, 4), s.align(markers, 8)} {
 		end := at + 3*k.count
-		if end > len(s.data) || at < tokens && end > tokens {
+		if at < tokens && end > tokens || !s.load(end) {
 			continue
 		}
 		order := s.data[at:end]

@@ -57,13 +57,15 @@ func (l *location) mapped(gva uint64) (Mapping, bool) {
 	return l.parts[i], true
 }
 
-// section reads a run of the image.
-func (l *location) section(ctx context.Context, x Extent) (section, error) {
-	s := section{gva: x.Start, data: make([]byte, x.Size())}
-	if err := l.space.Memory.ReadPhysical(ctx, l.gpa(x.Start), s.data); err != nil {
-		return s, fmt.Errorf("kernel image at %#x: %w", x.Start, err)
-	}
-	return s, nil
+// section is a run of the image.
+func (l *location) section(ctx context.Context, x Extent) *section {
+	return &section{gva: x.Start, data: make([]byte, 0, x.Size()), read: func(at int, p []byte) error {
+		gva := x.Start + uint64(at)
+		if err := l.space.Memory.ReadPhysical(ctx, l.gpa(gva), p); err != nil {
+			return fmt.Errorf("kernel image at %#x: %w", gva, err)
+		}
+		return nil
+	}}
 }
 
 // locate finds kernel images, the likeliest first: by each vCPU that may run a
