@@ -187,7 +187,7 @@ func (l *location) kernel(ctx context.Context, opts AttachOptions) (*Kernel, err
 		if err != nil {
 			return nil, err
 		}
-		text := tables.find("_text")[0]
+		text := l.extent.Start // as fits has seen
 		d, digest, err := opts.Cache.decode(tables, text)
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrNoTables, err)
@@ -322,7 +322,8 @@ func (k *Kernel) checkExports(ctx context.Context) {
 	if err != nil || s.Size == 0 {
 		return // nothing can be exported
 	}
-	exported := map[string]uint64{}
+	of, wrong, example := 0, 0, ""
+	var elsewhere uint64
 	for _, table := range [][2]string{{"__start___ksymtab", "__stop___ksymtab"}, {"__start___ksymtab_gpl", "__stop___ksymtab_gpl"}} {
 		x := k.Image.between(table[0], table[1])
 		count := x.Size() / uint64(s.Size)
@@ -333,26 +334,22 @@ func (k *Kernel) checkExports(ctx context.Context) {
 			k.doubt(DoubtSymbols, "from %s to %s are %d exported symbols", table[0], table[1], count)
 			return
 		}
-		if err := k.exports(ctx, x.Start, int(count), exported); err != nil {
+		err := k.exports(ctx, x.Start, int(count), func(name []byte, at uint64) {
+			of++
+			if k.found.extent.Contains(at) && !k.Image.Symbols.has(string(name), at-k.Image.Slide) { // not CPUs' own data
+				if wrong++; wrong == 1 {
+					example, elsewhere = string(name), at
+				}
+			}
+		})
+		if err != nil {
 			k.doubt(DoubtSymbols, "what the kernel exports at %s cannot be read: %v", table[0], err)
 			return
 		}
 	}
-	wrong, example := 0, ""
-	for name, at := range exported {
-		if !k.found.extent.Contains(at) {
-			continue // CPUs' own data
-		}
-		if !k.Image.Is(at, name) {
-			wrong++
-			if example == "" || name < example {
-				example = name
-			}
-		}
-	}
 	if wrong > 0 {
 		has, _ := k.Image.Lookup(example)
-		k.doubt(DoubtSymbols, "%d of %d exported symbols are elsewhere by the table of exports, for example %s, at %#x by that and at %#x by the symbol table", wrong, len(exported), example, exported[example], has)
+		k.doubt(DoubtSymbols, "%d of %d exported symbols are elsewhere by the table of exports, for example %s, at %#x by that and at %#x by the symbol table", wrong, of, clip([]byte(example)), elsewhere, has)
 	}
 }
 

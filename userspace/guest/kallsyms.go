@@ -556,20 +556,21 @@ func (k *kallsyms) checkOrder(d *decoded) {
 func (k *kallsyms) find(names ...string) []uint64 {
 	found := make([]uint64, len(names))
 	var buf [longestName]byte
+	// Most names do not begin like one of these.
+	var possible [256]bool
+	for c, head := range k.tokens {
+		for _, name := range names {
+			n := min(len(head)-1, len(name))
+			possible[c] = possible[c] || n <= 0 || head[1:1+n] == name[:n]
+		}
+	}
 	at := 0
 	for i := range k.count {
 		length, size := nameLength(k.names[at:])
 		at += size
 		token := k.names[at : at+length]
 		at += length
-		// Most names do not begin like one of these.
-		head := k.tokens[token[0]]
-		possible := false
-		for _, name := range names {
-			n := min(len(head)-1, len(name))
-			possible = possible || n <= 0 || head[1:1+n] == name[:n]
-		}
-		if !possible {
+		if !possible[token[0]] {
 			continue
 		}
 		text := buf[:0]

@@ -222,16 +222,17 @@ func (r *moduleReader) exports(ctx context.Context, o *Object) (map[string]uint6
 	if count > mostExports {
 		return nil, fmt.Errorf("%w: %d exported symbols", ErrTooLong, count)
 	}
-	if err := r.k.exports(ctx, at, int(count), out); err != nil {
+	err := r.k.exports(ctx, at, int(count), func(name []byte, at uint64) { out[string(name)] = at })
+	if err != nil {
 		return nil, fmt.Errorf("exported symbols: %w", err)
 	}
 	return out, nil
 }
 
-// exports adds the addresses of an array of count struct kernel_symbol to out,
-// by name (include/linux/export.h): offsets from their own place
-// (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS) or pointers.
-func (k *Kernel) exports(ctx context.Context, at uint64, count int, out map[string]uint64) error {
+// exports calls f with the name and the address of each of an array of count
+// struct kernel_symbol (include/linux/export.h), which has offsets from their
+// own place (CONFIG_HAVE_ARCH_PREL32_RELOCATIONS) or pointers.
+func (k *Kernel) exports(ctx context.Context, at uint64, count int, f func(name []byte, at uint64)) error {
 	s, err := k.Types.Struct("kernel_symbol")
 	if err != nil {
 		return err
@@ -277,19 +278,22 @@ func (k *Kernel) exports(ctx context.Context, at uint64, count int, out map[stri
 	}
 	for i := range count {
 		p := pointer(i, uint64(name.Offset))
-		text, end := "", -1
+		var text []byte
+		end := -1
 		if p-low < uint64(len(names)) {
 			rest := names[p-low:]
 			if end = bytes.IndexByte(rest[:min(len(rest), longestName)], 0); end >= 0 {
-				text = string(rest[:end])
+				text = rest[:end]
 			}
 		}
 		if end < 0 {
-			if text, err = k.Space.String(ctx, p, longestName); err != nil {
+			name, err := k.Space.String(ctx, p, longestName)
+			if err != nil {
 				return fmt.Errorf("name of export %d: %w", i, err)
 			}
+			text = []byte(name)
 		}
-		out[text] = pointer(i, uint64(value.Offset))
+		f(text, pointer(i, uint64(value.Offset)))
 	}
 	return nil
 }

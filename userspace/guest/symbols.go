@@ -219,6 +219,16 @@ func (s *Symbols) LookupAll(name string) []Symbol {
 	return found
 }
 
+// has says whether the kernel image has a symbol of the name at the address.
+func (s *Symbols) has(name string, addr uint64) bool {
+	for i := range s.named(name) {
+		if s.symbols[i].Address == addr {
+			return true
+		}
+	}
+	return false
+}
+
 // named are the indices of the kernel image's symbols with the name.
 func (s *Symbols) named(name string) iter.Seq[int] {
 	s.once.Do(s.index)
