@@ -14,6 +14,9 @@ import (
 // Names lists the names of all structs, unions, enums and typedefs, sorted;
 // those of a base as well.
 func (t *Types) Names() []string {
+	if t == nil {
+		return nil
+	}
 	var names []string
 	for g := t.graph; g != nil; g = g.base {
 		for _, offset := range g.offsets {
@@ -51,6 +54,9 @@ func (g *typeGraph) string(at uint32) string {
 // types of one name follow each other, and a typedef is followed by what it is
 // of. The error wraps ErrNoType or ErrBadTypes.
 func (t *Types) Declaration(name string) (string, error) {
+	if t == nil {
+		return "", ErrNoTypes
+	}
 	tag, kind := cutKind(name)
 	all, err := t.named(tag, func(typ btf.Type) bool {
 		if tag == "" {

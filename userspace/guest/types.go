@@ -27,7 +27,7 @@ var (
 )
 
 // Types are the C types of a kernel, or of a module on top of them. They may be
-// shared by goroutines.
+// shared by goroutines. Nil is none: every question is answered by ErrNoTypes.
 type Types struct {
 	spec *btf.Spec
 	base *Types // of a module: its kernel's
@@ -117,6 +117,9 @@ func (t *Types) named(name string, keep func(btf.Type) bool) ([]btf.Type, error)
 // or not, or by the name of a typedef. Of several with the same tag the first
 // one is taken. The error wraps ErrNoType or ErrBadTypes.
 func (t *Types) Struct(name string) (*Struct, error) {
+	if t == nil {
+		return nil, ErrNoTypes
+	}
 	t.mu.Lock()
 	s, err := t.structs[name], t.missing[name]
 	t.mu.Unlock()
@@ -183,6 +186,9 @@ func (t *Types) Has(name string, paths ...string) bool {
 // that have no tag are looked at. The error wraps ErrNoType, ErrNoField or
 // ErrBadTypes.
 func (t *Types) EnumValue(tag, name string) (int64, error) {
+	if t == nil {
+		return 0, ErrNoTypes
+	}
 	tag, _ = cutKind(tag)
 	key := tag + " " + name
 	t.mu.Lock()

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: MIT
+
+// Objects makes this folder's test data out of a memory dump of a guest, and
+// copies of what its /proc said about the same time:
+//
+//	NAME.snapshot  the memory that is read of tasks, modules, descriptor tables
+//	               and system calls, and the vCPUs' states; /proc in the notes
+//	NAME.btf.gz    the kernel's BTF, cut down to the structs that are used: what
+//	               these point to is left out
+//	NAME.kallsyms.gz  the symbols that are looked up or lead to
+//
+// ps.tsv has the columns tgid, tid, ppid, comm, state, uid, euid, gid,
+// starttime, flags of /proc/PID/task/TID/{stat,status}; it is given twice, from
+// before and from after the dump, since kernel threads rename themselves.
+//
+//	go run ./userspace/guest/testdata/objects -dump mem.elf -ps ps -ps-after after_ps -modules modules -note "Debian 12, ..." -o debian12
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"flag"
+	"fmt"
+	"log"
+	"os"
+	"regexp"
+	"strings"
+
+	"github.com/cilium/ebpf/btf"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
+)
+
+func main() {
+	name := flag.String("dump", "", "memory dump of the guest")
+	before := flag.String("ps", "", "its threads before the dump")
+	after := flag.String("ps-after", "", "its threads after the dump")
+	modules := flag.String("modules", "", "its /proc/modules, as root")
+	note := flag.String("note", "", "what guest it is")
+	out := flag.String("o", "", "name of the files to write, without endings")
+	flag.Parse()
+	if *name == "" || *out == "" || *before == "" || *after == "" || *modules == "" || flag.NArg() != 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	proc := map[string]string{"ps": *before, "ps-after": *after, "modules": *modules}
+	if err := run(*name, proc, *note, *out); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(name string, proc map[string]string, note, out string) error {
+	ctx := context.Background()
+	d, err := dump.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	k, err := guest.Attach(ctx, d, guest.AttachOptions{})
+	if err != nil {
+		return err
+	}
+	if k.Types == nil {
+		return k.TypesErr
+	}
+	small, err := prune(k.Types.Raw())
+	if err != nil {
+		return fmt.Errorf("cut down BTF: %w", err)
+	}
+	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
+		return err
+	}
+	if err := pack(out+".btf.gz", small); err != nil {
+		return err
+	}
+	s := &guest.Snapshot{CPUs: k.CPUs, Notes: map[string]string{
+		"guest": note, "release": k.Fingerprint.Release, "root": fmt.Sprintf("%#x", k.Space.Root),
+	}}
+	for key, file := range proc {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		s.Notes[key] = string(text)
+	}
+	r := guest.NewRecorder(k.Space.Memory)
+	k.Space.Memory = r
+	if err := look(ctx, k); err != nil {
+		return err
+	}
+	s.Pages = r.Pages
+	file, err := os.Create(out + ".snapshot")
+	if err != nil {
+		return err
+	}
+	if err := s.Write(file); err != nil {
+		return err
+	}
+	if err := file.Close(); err != nil {
+		return err
+	}
+	return pack(out+".kallsyms.gz", symbols(k.Image))
+}
+
+// look reads all that tests read.
+func look(ctx context.Context, k *guest.Kernel) error {
+	var errs []error
+	note := func(_ any, err error) { errs = append(errs, err) }
+	note(k.Tasks(ctx))
+	note(k.PIDTable(ctx))
+	note(k.RunQueues(ctx))
+	note(k.Modules(ctx))
+	note(k.ModuleTree(ctx))
+	note(k.ModuleKset(ctx))
+	note(k.ModuleAreas(ctx))
+	note(k.CPUTables(ctx))
+	note(k.SyscallTables(ctx))
+	note(k.Dispatchers(ctx))
+	for i := -1; i < len(k.CPUs); i++ {
+		_, _, err := k.Interrupts(ctx, i)
+		errs = append(errs, err)
+	}
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wanted are the symbols that code looks up, or that handlers have.
+var wanted = regexp.MustCompile(`^(_text|_stext|_etext|_end|init_task|init_pid_ns|runqueues|modules|mod_tree|module_kset|` +
+	`__per_cpu_offset|__cpu_(possible|online)_mask|gdt_page|cpu_tss_rw|cea_exception_stacks|idt_table|` +
+	`(ia32_|x32_)?sys_call_table|(x64|ia32|x32)_sys_call|entry_(SYS|INT80).*|ignore_sysret|asm_exc_.*|asm_sysvec_.*|asm_int80_emulation|` +
+	`(irq|spurious)_entries_start|early_idt_handler_array|__(x64|ia32|ia32_compat)_sys_.*|__do_sys_(ni_syscall|restart_syscall))$`)
+
+// symbols writes those that are wanted, and to each the next one, where it ends.
+func symbols(m *guest.Image) []byte {
+	var out bytes.Buffer
+	end := uint64(0)
+	for sym := range m.All() {
+		if sym.Module != "" {
+			continue
+		}
+		keep := wanted.MatchString(sym.Name)
+		if !keep && (end == 0 || sym.Address <= end) {
+			continue
+		}
+		if end = 0; keep {
+			end = sym.Address
+		}
+		fmt.Fprintf(&out, "%016x %c %s\n", sym.Address, sym.Type, sym.Name)
+	}
+	return out.Bytes()
+}
+
+func pack(name string, data []byte) error {
+	var out bytes.Buffer
+	z, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
+	if err != nil {
+		return err
+	}
+	if _, err := z.Write(data); err != nil {
+		return err
+	}
+	if err := z.Close(); err != nil {
+		return err
+	}
+	return os.WriteFile(name, out.Bytes(), 0o644)
+}
+
+// kept are the types that code reads, by the kernels that have them.
+const kept = `task_struct signal_struct cred kthread worker workqueue_struct pid upid pid_namespace idr xarray xa_node
+	pid_type rq cfs_rq rt_rq dl_rq sched_entity sched_rt_entity sched_dl_entity cpumask
+	module module_state module_use module_kobject module_layout module_memory mod_mem_type mod_tree_root mod_tree_node
+	latch_tree_node kset kobject list_head mm_struct gdt_page tss_struct x86_hw_tss cpu_entry_area cea_exception_stacks
+	desc_struct btf btf_module kernel_cap_t spinlock_t`
+
+// prune cuts BTF down to what is kept and what that holds.
+func prune(raw []byte) ([]byte, error) {
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(raw))
+	if err != nil {
+		return nil, err
+	}
+	p := pruner{seen: map[btf.Type]bool{}, fwd: map[string]*btf.Fwd{}}
+	var types []btf.Type
+	for _, name := range strings.Fields(kept) {
+		all, err := spec.AnyTypesByName(name)
+		if err != nil {
+			continue
+		}
+		for _, typ := range all {
+			switch typ.(type) {
+			case *btf.Struct, *btf.Union, *btf.Enum, *btf.Typedef:
+				p.cut(typ)
+				types = append(types, typ)
+			}
+		}
+	}
+	b, err := btf.NewBuilder(types, nil)
+	if err != nil {
+		return nil, err
+	}
+	return b.Marshal(nil, nil)
+}
+
+type pruner struct {
+	seen map[btf.Type]bool
+	fwd  map[string]*btf.Fwd
+}
+
+// cut lets pointers lead to a name only.
+func (p *pruner) cut(typ btf.Type) {
+	if typ == nil || p.seen[typ] {
+		return
+	}
+	p.seen[typ] = true
+	switch v := typ.(type) {
+	case *btf.Struct:
+		for i := range v.Members {
+			p.cut(v.Members[i].Type)
+		}
+	case *btf.Union:
+		for i := range v.Members {
+			p.cut(v.Members[i].Type)
+		}
+	case *btf.Array:
+		p.cut(v.Type)
+		p.cut(v.Index)
+	case *btf.Typedef:
+		p.cut(v.Type)
+	case *btf.Const:
+		p.cut(v.Type)
+	case *btf.Volatile:
+		p.cut(v.Type)
+	case *btf.Restrict:
+		p.cut(v.Type)
+	case *btf.TypeTag:
+		p.cut(v.Type)
+	case *btf.Pointer:
+		s, ok := btf.As[*btf.Struct](v.Target)
+		if !ok || s.Name == "" {
+			v.Target = (*btf.Void)(nil)
+			return
+		}
+		if p.fwd[s.Name] == nil {
+			p.fwd[s.Name] = &btf.Fwd{Name: s.Name, Kind: btf.FwdStruct}
+		}
+		v.Target = p.fwd[s.Name]
+	}
+}
