@@ -57,11 +57,24 @@ func (l *location) mapped(gva uint64) (Mapping, bool) {
 	return l.parts[i], true
 }
 
-// section is a run of the image.
+// section is a run of the image. Pages that lie in no memory read as zeros.
 func (l *location) section(ctx context.Context, x Extent) *section {
 	return &section{gva: x.Start, data: make([]byte, 0, x.Size()), read: func(at int, p []byte) error {
 		gva := x.Start + uint64(at)
-		if err := l.space.Memory.ReadPhysical(ctx, l.gpa(gva), p); err != nil {
+		err := l.space.Memory.ReadPhysical(ctx, l.gpa(gva), p)
+		if errors.Is(err, kvmaccess.ErrNoMemslot) {
+			for n := 0; len(p) > 0; p, gva = p[n:], gva+uint64(n) {
+				n = min(len(p), 4096-int(gva&4095))
+				if err = l.space.Memory.ReadPhysical(ctx, l.gpa(gva), p[:n]); errors.Is(err, kvmaccess.ErrNoMemslot) {
+					clear(p[:n])
+					err = nil
+				}
+				if err != nil {
+					break
+				}
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("kernel image at %#x: %w", gva, err)
 		}
 		return nil

@@ -46,6 +46,17 @@ func (s *Seal) add(object string, at uint64, data []byte) {
 // Pieces is how many looks see everything once.
 func (s *Seal) Pieces() int { return len(s.pieces) }
 
+// Extents are where what is sealed of an object lies, in pieces.
+func (s *Seal) Extents(object string) []Extent {
+	var out []Extent
+	for _, p := range s.pieces {
+		if p.object == object {
+			out = append(out, p.Extent)
+		}
+	}
+	return out
+}
+
 // Look looks at the next piece. It returns false if what Broken returns
 // changed by that. The error is the host's: nothing was seen.
 func (s *Seal) Look(ctx context.Context, space *Space) (same bool, err error) {
