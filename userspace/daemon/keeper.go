@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
@@ -26,6 +27,7 @@ type keeper struct {
 	lane     *lane
 	journal  *journal
 	symbols  *symbolFiles
+	cache    *guest.Cache
 	problems *problems
 	log      *slog.Logger
 	// moduleGone is told when the module does not answer any more.
@@ -53,6 +55,7 @@ type keeper struct {
 	reason   string
 	file     string             // symbol file in use
 	lacks    string             // why there is none, though there should be
+	kernel   *guest.Fingerprint // as found in the guest's memory; nil: it was not
 	taken    *time.Time         // of the baseline
 	restart  context.CancelFunc // ends the watch
 	leave    context.CancelFunc // ends the stay on a lane
@@ -203,7 +206,7 @@ func (k *keeper) name() string { return integrity.VM{ID: k.vm.ID, Name: k.id.Nam
 
 // prepare makes the monitor.
 func (k *keeper) prepare() error {
-	options := integrity.Options{Ranges: k.config.Ranges, Baseline: k.journal.guest(k.id).Baseline}
+	options := integrity.Options{Cache: k.cache, Ranges: k.config.Ranges, Baseline: k.journal.guest(k.id).Baseline}
 	k.memory = nil
 	if memory := k.host.memory(k.src, k.vm); memory != nil {
 		k.memory = &coldMemory{memory: memory}
@@ -214,7 +217,7 @@ func (k *keeper) prepare() error {
 	if k.config.Symbols != "" {
 		symbols, err := k.symbols.load(k.config.Symbols)
 		if err != nil {
-			lacks = "checks that need symbols are off: " + err.Error()
+			lacks = "the guest's own symbols are used instead of a file's: " + err.Error()
 			k.problems.set(k.subject(), lacks)
 		} else {
 			options.Symbols, file = symbols, k.config.Symbols
@@ -268,6 +271,7 @@ func (k *keeper) settle() {
 	status := k.monitor.Status()
 	reasons := status.Problems
 	k.mu.Lock()
+	k.kernel = status.Kernel
 	if k.lacks != "" {
 		reasons = append([]string{k.lacks}, reasons...)
 	}
@@ -457,7 +461,7 @@ func (k *keeper) status() VMStatus {
 	defer k.mu.Unlock()
 	return VMStatus{
 		ID: k.vm.ID, Name: k.id.Name, UUID: k.id.UUID, PID: k.vm.PID, VCPUs: k.vcpus, Memory: k.ram,
-		State: k.state, Reason: k.reason, Period: k.config.Period, Symbols: k.file, Baseline: k.taken,
+		State: k.state, Reason: k.reason, Period: k.config.Period, Symbols: k.file, Kernel: k.kernel, Baseline: k.taken,
 		Findings: findings, Account: k.account.snapshot(),
 	}
 }

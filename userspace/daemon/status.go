@@ -5,6 +5,7 @@ package daemon
 import (
 	"time"
 
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
@@ -47,11 +48,14 @@ type VMStatus struct {
 	State  State         `json:"state"`
 	Reason string        `json:"reason,omitempty"` // why it is not watched, or not in full
 	Period time.Duration `json:"period"`
-	// Symbols is the symbol file in use; without one the checks that need
-	// symbols are off, and Reason says so.
-	Symbols  string     `json:"symbols,omitempty"`
-	Baseline *time.Time `json:"baseline,omitempty"` // when it was taken; nil: none yet
-	Findings uint64     `json:"findings"`           // raised of this VM so far, restarts included
+	// Symbols is the symbol file in use; without one the guest's own symbols
+	// are, out of its memory.
+	Symbols string `json:"symbols,omitempty"`
+	// Kernel is the guest's, as found in its memory; nil: it was not, and
+	// Reason says why, or a symbol file is in use.
+	Kernel   *guest.Fingerprint `json:"kernel,omitempty"`
+	Baseline *time.Time         `json:"baseline,omitempty"` // when it was taken; nil: none yet
+	Findings uint64             `json:"findings"`           // raised of this VM so far, restarts included
 
 	Account
 }

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
@@ -27,6 +28,7 @@ type watcher struct {
 	journal  *journal
 	problems *problems
 	symbols  symbolFiles
+	cache    guest.Cache // of what was decoded of guests' kernels
 	memory   memoryLimit
 	log      *slog.Logger
 
@@ -288,7 +290,7 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 	}
 	k := &keeper{
 		vm: vm, id: id, config: w.config.vm(vmm.Name, vmm.UUID),
-		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, problems: w.problems,
+		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, problems: w.problems,
 		moduleGone: fail, settled: w.memory.adjust, state: StateWaiting, vcpus: vm.VCPUs, ram: vm.Memory,
 		done: make(chan struct{}),
 	}
