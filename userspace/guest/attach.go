@@ -117,7 +117,7 @@ func (l *location) findTables(ctx context.Context) (*kallsyms, *section, error) 
 	parts := slices.Clone(l.parts)
 	slices.SortStableFunc(parts, func(a, b Mapping) int { return rank(a) - rank(b) })
 	reason := error(errNoKallsyms)
-	linux := false
+	linux, lost := false, 0
 	for _, m := range parts {
 		if m.Size < 64<<10 || m.Size > mostSection {
 			continue
@@ -133,7 +133,11 @@ func (l *location) findTables(ctx context.Context) (*kallsyms, *section, error) 
 		if reason == errNoKallsyms {
 			reason = err
 		}
+		lost += s.lost
 		linux = linux || bytes.Contains(s.data, []byte(bannerStart))
+	}
+	if lost > 0 {
+		return nil, nil, fmt.Errorf("no symbol table is in what can be read of the kernel's image: %d KiB of it are in no memory: %w", lost>>10, kvmaccess.ErrNoMemslot)
 	}
 	if !linux {
 		return nil, nil, fmt.Errorf("%w: what lies at %#x-%#x, where Linux has its kernel, says nowhere that it is one", ErrNotLinux, l.extent.Start, l.extent.End)

@@ -219,6 +219,16 @@ func TestTampered(t *testing.T) {
 		honest := attachSnapshot(t, name)
 		k, l := tablesOf(t, honest)
 		kernel := mustAttach(t, honest)
+		// The snapshot has what is read of an honest kernel's image only.
+		whole := func(s *Snapshot) {
+			for _, m := range l.parts {
+				for gpa := m.GPA; gpa < m.GPA+m.Size; gpa += 4096 {
+					if s.Pages[gpa] == nil {
+						s.Pages[gpa] = new([4096]byte)
+					}
+				}
+			}
+		}
 		// Where the i-th symbol's address is.
 		offset := func(i int) uint64 { return l.gpa(k.at + 4*uint64(i)) }
 		hooked := -1
@@ -264,6 +274,7 @@ func TestTampered(t *testing.T) {
 		} {
 			t.Run(name+", "+tt.name, func(t *testing.T) {
 				s := attachSnapshot(t, name)
+				whole(s)
 				tt.change(s)
 				k, err := Attach(context.Background(), s, quick)
 				if tt.err != nil {
@@ -387,6 +398,11 @@ func TestAttachErrors(t *testing.T) {
 		{"another kernel's image", func() Source {
 			s := base()
 			_, l := tablesOf(t, s)
+			for gpa := l.physical; gpa < l.gpa(l.extent.End); gpa += 4096 {
+				if s.Pages[gpa] == nil {
+					s.Pages[gpa] = new([4096]byte)
+				}
+			}
 			tr, err := Translate(ctx, s, ModeOf(&s.CPUs[0].Registers), s.CPUs[0].CR3, s.CPUs[0].IDTR.Base)
 			if err != nil {
 				t.Fatal(err)

@@ -87,6 +87,7 @@ type section struct {
 	data []byte                       // what was read of it, of capacity for all
 	read func(at int, p []byte) error // more of it; nil: data is all
 	err  error                        // of read
+	lost int                          // bytes that lie in no memory
 }
 
 // loadStep is how much of a section is read at once, in bytes.

@@ -59,26 +59,33 @@ func (l *location) mapped(gva uint64) (Mapping, bool) {
 
 // section is a run of the image. Pages that lie in no memory read as zeros.
 func (l *location) section(ctx context.Context, x Extent) *section {
-	return &section{gva: x.Start, data: make([]byte, 0, x.Size()), read: func(at int, p []byte) error {
+	s := &section{gva: x.Start, data: make([]byte, 0, x.Size())}
+	read := func(gva uint64, p []byte) error {
+		return l.space.Memory.ReadPhysical(ctx, l.gpa(gva), p)
+	}
+	s.read = func(at int, p []byte) error {
 		gva := x.Start + uint64(at)
-		err := l.space.Memory.ReadPhysical(ctx, l.gpa(gva), p)
-		if errors.Is(err, kvmaccess.ErrNoMemslot) {
-			for n := 0; len(p) > 0; p, gva = p[n:], gva+uint64(n) {
-				n = min(len(p), 4096-int(gva&4095))
-				if err = l.space.Memory.ReadPhysical(ctx, l.gpa(gva), p[:n]); errors.Is(err, kvmaccess.ErrNoMemslot) {
-					clear(p[:n])
-					err = nil
-				}
-				if err != nil {
-					break
-				}
+		err := read(gva, p)
+		for errors.Is(err, kvmaccess.ErrNoMemslot) && len(p) > 0 {
+			n := min(len(p), 4096-int(gva&4095))
+			one := read(gva, p[:n])
+			if errors.Is(one, kvmaccess.ErrNoMemslot) {
+				clear(p[:n])
+				s.lost += n
+			} else if one != nil {
+				err = one
+				break
+			}
+			if p, gva = p[n:], gva+uint64(n); len(p) == 0 {
+				err = nil
 			}
 		}
 		if err != nil {
 			return fmt.Errorf("kernel image at %#x: %w", gva, err)
 		}
 		return nil
-	}}
+	}
+	return s
 }
 
 // locate finds kernel images, the likeliest first: by each vCPU that may run a

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 )
@@ -14,6 +15,11 @@ import (
 // baseline.
 func (m *Monitor) evaluate(ctx context.Context) error {
 	if !m.attaching && (m.restarted() || m.left(ctx)) {
+		if m.g.Kernel != nil {
+			m.wait(restarts) // finding a kernel takes longer than a tick may
+			m.scanned = time.Time{}
+			return nil
+		}
 		return m.attach(ctx)
 	}
 	m.nameModules(ctx)
