@@ -13,6 +13,8 @@ import (
 	"io"
 	"slices"
 
+	"github.com/ulikunitz/xz"
+
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
@@ -40,7 +42,7 @@ func (s *Snapshot) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error
 // Regions implements Regions.
 func (s *Snapshot) Regions(ctx context.Context) ([]Region, error) { return s.Pages.Regions(ctx) }
 
-// A snapshot file is, compressed by gzip: the magic line, a little-endian u32
+// A snapshot file is, compressed by gzip or xz: the magic line, a little-endian u32
 // with the length of the header, the header in JSON, then the pages by
 // ascending address, each as a little-endian u64 address and 4096 bytes.
 const (
@@ -56,9 +58,18 @@ type snapshotHeader struct {
 	Notes map[string]string `json:"notes,omitempty"`
 }
 
-// Write writes the snapshot as a file.
+// Write writes the snapshot as a file, compressed by gzip.
 func (s *Snapshot) Write(w io.Writer) error {
 	z, _ := gzip.NewWriterLevel(w, gzip.BestCompression)
+	if err := s.Encode(z); err != nil {
+		return err
+	}
+	return z.Close()
+}
+
+// Encode writes the snapshot without compressing it; a file of it is complete
+// once gzip(1) or xz(1) have.
+func (s *Snapshot) Encode(z io.Writer) error {
 	head, err := json.Marshal(snapshotHeader{s.VM, s.CPUs, len(s.Pages), s.Notes})
 	if err != nil {
 		return fmt.Errorf("snapshot header: %w", err)
@@ -77,13 +88,23 @@ func (s *Snapshot) Write(w io.Writer) error {
 			return err
 		}
 	}
-	return z.Close()
+	return nil
 }
+
+// xzMagic begins a file that xz compressed.
+const xzMagic = "\xfd7zXZ\x00"
 
 // ReadSnapshot reads what Write wrote. The error says what is wrong with the
 // file: it is none, of another version, or cut off.
 func ReadSnapshot(r io.Reader) (*Snapshot, error) {
-	z, err := gzip.NewReader(r)
+	packed := bufio.NewReader(r)
+	var z io.Reader
+	magic, err := packed.Peek(len(xzMagic))
+	if err == nil && string(magic) == xzMagic {
+		z, err = xz.NewReader(packed)
+	} else {
+		z, err = gzip.NewReader(packed)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("no snapshot: %w", err)
 	}

@@ -92,7 +92,7 @@ func New(r io.ReaderAt, size int64) (*Dump, error) {
 		err = d.readELF(size)
 	case isLiME(head):
 		err = d.readLiME(size)
-	case isGzip(head):
+	case isPacked(head):
 		err = d.readSnapshot(size)
 	default:
 		if err = unsupported(head); err == nil {

@@ -25,7 +25,6 @@ var others = []struct{ magic, what string }{
 	{"vhdxfile", "a disk image (VHDX)"},
 	{"hsqs", "a file system (squashfs)"},
 	{"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first (unzstd)"},
-	{"\xfd7zXZ\x00", "compressed by xz: unpack it first (unxz)"},
 	{"BZh", "compressed by bzip2: unpack it first (bunzip2)"},
 	{"\x04\x22\x4d\x18", "compressed by lz4: unpack it first (unlz4)"},
 	{"PK\x03\x04", "a ZIP archive: unpack it first (unzip)"},
