@@ -74,33 +74,33 @@ func (k *Kernel) Patches(ctx context.Context) (*PatchSet, error) {
 // of ftrace, too: either may be there.
 func NewPatchSet(patches []Patch) *PatchSet {
 	s := &PatchSet{slices.Clone(patches)}
-	slices.SortStableFunc(s.patches, func(a, b Patch) int { return cmp.Compare(a.Address, b.Address) })
-	for i := range s.patches {
-		d := &s.patches[i]
-		if d.Table != TableDispatcher {
-			continue
+	slices.SortStableFunc(s.patches, func(a, b Patch) int {
+		if c := cmp.Compare(a.Address, b.Address); c != 0 {
+			return c
 		}
-		for j := i - 1; j >= 0 && s.patches[j].Address == d.Address; j-- {
-			s.join(i, j)
-		}
-		for j := i + 1; j < len(s.patches) && s.patches[j].Address == d.Address; j++ {
-			s.join(i, j)
+		return cmp.Compare(rank(a), rank(b))
+	})
+	for i := 1; i < len(s.patches); i++ {
+		d, p := &s.patches[i-1], &s.patches[i]
+		if d.Table == TableDispatcher && p.Table == TableFtrace && d.Address == p.Address {
+			p.Want = slices.Concat(p.Want, d.Want)
 		}
 	}
 	return s
 }
 
-// join allows at a site of ftrace what is to be there for a dispatcher.
-func (s *PatchSet) join(dispatcher, site int) {
-	if p := &s.patches[site]; p.Table == TableFtrace {
-		p.Want = slices.Concat(p.Want, s.patches[dispatcher].Want)
+// rank orders patches of one place: the first one that fits explains it.
+func rank(p Patch) int {
+	if p.Table == TableDispatcher {
+		return 0
 	}
+	return 1
 }
 
 // All are the patches by ascending address. They must not be changed.
 func (s *PatchSet) All() []Patch { return s.patches }
 
-// At are the patches that may reach to or across an address.
+// at are the patches that may reach to or across an address.
 func (s *PatchSet) at(addr uint64) []Patch {
 	low, _ := slices.BinarySearchFunc(s.patches, addr-min(addr, maxPatch-1), func(p Patch, a uint64) int { return cmp.Compare(p.Address, a) })
 	high := low

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: MIT
+
+// Hooks makes this folder's test data out of two memory dumps of one boot of a
+// guest, before and after tracers, probes and eBPF programs were set, and
+// copies of what the guest itself said of these:
+//
+//	NAME.snapshot         the memory that is read of them, and the code that they
+//	                      changed; what the guest said in the notes
+//	NAME-before.snapshot  the same code before
+//	NAME.btf.gz           the kernel's BTF, cut down to what is used
+//	NAME.kallsyms.gz      the symbols that are looked up or lead to
+//
+// The folder of a guest has mem0.elf, mem.elf, kallsyms, kprobes_list (of
+// debugfs), tracing_enabled_functions, bpf_progs (id=N type=T name=N tag=T
+// xlated=BYTES jited=BYTES addrs=[ADDRESS ...]).
+//
+//	go run ./userspace/guest/testdata/hooks -guest DIR -note "Debian 12, ..." -o debian12
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"log"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/cilium/ebpf/btf"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
+)
+
+func main() {
+	dir := flag.String("guest", "", "folder of the guest")
+	note := flag.String("note", "", "what guest it is")
+	out := flag.String("o", "", "name of the files to write, without endings")
+	flag.Parse()
+	if *dir == "" || *out == "" || flag.NArg() != 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	if err := run(*dir, *note, *out); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func attach(ctx context.Context, name string) (*guest.Kernel, error) {
+	d, err := dump.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	return guest.Attach(ctx, d, guest.AttachOptions{})
+}
+
+func run(dir, note, out string) error {
+	ctx := context.Background()
+	k, err := attach(ctx, filepath.Join(dir, "mem.elf"))
+	if err != nil {
+		return err
+	}
+	k0, err := attach(ctx, filepath.Join(dir, "mem0.elf"))
+	if err != nil {
+		return err
+	}
+	if k.Types == nil {
+		return k.TypesErr
+	}
+	small, err := prune(k.Types.Raw())
+	if err != nil {
+		return fmt.Errorf("cut down BTF: %w", err)
+	}
+	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
+		return err
+	}
+	if err := pack(out+".btf.gz", small); err != nil {
+		return err
+	}
+	bases, err := json.Marshal(k.Bases)
+	if err != nil {
+		return err
+	}
+	notes := map[string]string{"bases": string(bases), "guest": note, "release": k.Fingerprint.Release, "root": fmt.Sprintf("%#x", k.Space.Root)}
+	for _, file := range []string{"kprobes_list", "tracing_enabled_functions", "bpf_progs"} {
+		text, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil {
+			return err
+		}
+		notes[file] = string(text)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "kallsyms"))
+	if err != nil {
+		return err
+	}
+	notes["generated"] = generated(string(text))
+
+	before, after := guest.NewRecorder(k0.Space.Memory), guest.NewRecorder(k.Space.Memory)
+	changed, err := code(ctx, k0, k, before, after)
+	if err != nil {
+		return err
+	}
+	k.Space.Memory = after
+	if err := look(ctx, k); err != nil {
+		return err
+	}
+	for name, pages := range map[string]guest.Pages{out + ".snapshot": after.Pages, out + "-before.snapshot": before.Pages} {
+		s := &guest.Snapshot{Notes: notes, Pages: pages}
+		if name == out+".snapshot" {
+			s.CPUs = k.CPUs
+		} else {
+			s.Notes = map[string]string{"guest": note}
+		}
+		file, err := os.Create(name)
+		if err != nil {
+			return err
+		}
+		if err := s.Write(file); err != nil {
+			return err
+		}
+		if err := file.Close(); err != nil {
+			return err
+		}
+	}
+	names := notes["kprobes_list"] + "\n" + notes["tracing_enabled_functions"]
+	return pack(out+".kallsyms.gz", symbols(k, changed, names))
+}
+
+// generated keeps of /proc/kallsyms what is of generated code.
+func generated(kallsyms string) string {
+	var out strings.Builder
+	for line := range strings.Lines(kallsyms) {
+		if strings.Contains(line, "\t[bpf]") || strings.Contains(line, "\t[__builtin__") {
+			out.WriteString(line)
+		}
+	}
+	return out.String()
+}
+
+// code records the pages of code that changed, as they were and are, and
+// returns where they did.
+func code(ctx context.Context, k0, k *guest.Kernel, before, after *guest.Recorder) ([]uint64, error) {
+	old, err := k0.CopyText(ctx, k.Text)
+	if err != nil {
+		return nil, err
+	}
+	now, err := k.CopyText(ctx, k.Text)
+	if err != nil {
+		return nil, err
+	}
+	none := guest.NewPatchSet(nil)
+	changes, err := none.Changes(old, now)
+	if err != nil {
+		return nil, err
+	}
+	var changed []uint64
+	for _, c := range changes {
+		changed = append(changed, c.Address)
+		for _, side := range []struct {
+			*guest.Kernel
+			*guest.Recorder
+		}{{k0, before}, {k, after}} {
+			// An instruction may reach across the start or end of a page.
+			for _, at := range []uint64{max(c.Address-8, k.Text.Start), c.Address, min(c.Address+8, k.Text.End-1)} {
+				t, err := guest.Translate(ctx, side.Space.Memory, side.Space.Mode, side.Space.Root, at)
+				if err != nil {
+					return nil, err
+				}
+				if err := side.ReadPhysical(ctx, t.GPA, make([]byte, 1)); err != nil {
+					return nil, err
+				}
+			}
+		}
+	}
+	return changed, nil
+}
+
+// look reads all that tests read.
+func look(ctx context.Context, k *guest.Kernel) error {
+	_, err1 := k.Patches(ctx)
+	_, err2 := k.BPF(ctx)
+	_, err3 := k.GeneratedCode(ctx)
+	_, err4 := k.TextMappings(ctx)
+	return errors.Join(err1, err2, err3, err4)
+}
+
+// wanted are the symbols that code looks up.
+var wanted = regexp.MustCompile(`^(_text|_stext|_etext|_end|__(start|end)_rodata|ideal_nops|x86_nops|` +
+	`ftrace_(caller|regs_caller|call|regs_call|graph_call|graph_caller|stub|ops_list|list_end|pages_start|trace_function|ops_trampoline_list)|direct_functions|` +
+	`kprobe_table|aggr_pre_handler|pre_handler_kretprobe|kprobes_all_disarmed|kprobe_(opt)?insn_slots|` +
+	`__(start|stop)___jump_table|arch_jump_entry_size|__(start|stop)_static_call_sites|__static_call_return|__static_call_return0|__WARN_trap|` +
+	`(__)?x86_return_thunk|modules|prog_idr|bpf_kallsyms|trampoline_table|trampoline_key_table|bpf_dispatcher_.*|` +
+	`(text_)?poking_(mm|addr)|text_poke_mm(_addr)?|call_direct_funcs|function_trace_call|kprobe_ftrace_(ops|handler)|global_ops|direct_ops|__SCT__.*|__SCK__.*)$`)
+
+// symbols writes those that are wanted, those of changed code and those of
+// names that occur in text, and to each the next one, where it ends.
+func symbols(k *guest.Kernel, changed []uint64, text string) []byte {
+	names := map[string]bool{}
+	for _, word := range regexp.MustCompile(`[A-Za-z_][A-Za-z0-9_.]*`).FindAllString(text, -1) {
+		names[word] = true
+	}
+	of := map[uint64]bool{}
+	for _, at := range changed {
+		if all, _ := k.Image.At(at); len(all) > 0 {
+			of[all[0].Address] = true
+		}
+	}
+	var out bytes.Buffer
+	end := uint64(0)
+	for sym := range k.Image.All() {
+		if sym.Module != "" {
+			continue
+		}
+		keep := wanted.MatchString(sym.Name) || names[sym.Name] || of[sym.Address]
+		if !keep && (end == 0 || sym.Address <= end) {
+			continue
+		}
+		if end = 0; keep {
+			end = sym.Address
+		}
+		fmt.Fprintf(&out, "%016x %c %s\n", sym.Address, sym.Type, sym.Name)
+	}
+	return out.Bytes()
+}
+
+func pack(name string, data []byte) error {
+	var out bytes.Buffer
+	z, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
+	if err != nil {
+		return err
+	}
+	if _, err := z.Write(data); err != nil {
+		return err
+	}
+	if err := z.Close(); err != nil {
+		return err
+	}
+	return os.WriteFile(name, out.Bytes(), 0o644)
+}
+
+// kept are the types that code reads, by the kernels that have them.
+const kept = `list_head ftrace_ops ftrace_ops_hash ftrace_hash ftrace_func_entry ftrace_page dyn_ftrace
+	kprobe kretprobe optimized_kprobe kprobe_insn_cache kprobe_insn_page jump_entry static_key
+	static_call_site static_call_key module idr xarray xa_node bpf_prog bpf_prog_aux bpf_ksym bpf_trampoline
+	bpf_tramp_image bpf_tramp_node bpf_tramp_link bpf_link bpf_dispatcher mm_struct`
+
+// prune cuts BTF down to what is kept, what that holds, and enums of ftrace.
+func prune(raw []byte) ([]byte, error) {
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(raw))
+	if err != nil {
+		return nil, err
+	}
+	p := pruner{seen: map[btf.Type]bool{}, fwd: map[string]*btf.Fwd{}}
+	var types []btf.Type
+	for _, name := range strings.Fields(kept) {
+		all, err := spec.AnyTypesByName(name)
+		if err != nil {
+			continue
+		}
+		for _, typ := range all {
+			if _, ok := typ.(*btf.Struct); ok {
+				p.cut(typ)
+				types = append(types, typ)
+			}
+		}
+	}
+	for typ, err := range spec.All() {
+		if err != nil {
+			return nil, err
+		}
+		if e, ok := typ.(*btf.Enum); ok && e.Name == "" && len(e.Values) > 0 && strings.HasPrefix(e.Values[0].Name, "FTRACE_") {
+			types = append(types, e)
+		}
+	}
+	b, err := btf.NewBuilder(types, nil)
+	if err != nil {
+		return nil, err
+	}
+	return b.Marshal(nil, nil)
+}
+
+type pruner struct {
+	seen map[btf.Type]bool
+	fwd  map[string]*btf.Fwd
+}
+
+// cut lets pointers lead to a name only.
+func (p *pruner) cut(typ btf.Type) {
+	if typ == nil || p.seen[typ] {
+		return
+	}
+	p.seen[typ] = true
+	switch v := typ.(type) {
+	case *btf.Struct:
+		for i := range v.Members {
+			p.cut(v.Members[i].Type)
+		}
+	case *btf.Union:
+		for i := range v.Members {
+			p.cut(v.Members[i].Type)
+		}
+	case *btf.Array:
+		p.cut(v.Type)
+		p.cut(v.Index)
+	case *btf.Typedef:
+		p.cut(v.Type)
+	case *btf.Const:
+		p.cut(v.Type)
+	case *btf.Volatile:
+		p.cut(v.Type)
+	case *btf.Restrict:
+		p.cut(v.Type)
+	case *btf.TypeTag:
+		p.cut(v.Type)
+	case *btf.Pointer:
+		s, ok := btf.As[*btf.Struct](v.Target)
+		if !ok || s.Name == "" {
+			v.Target = (*btf.Void)(nil)
+			return
+		}
+		if p.fwd[s.Name] == nil {
+			p.fwd[s.Name] = &btf.Fwd{Name: s.Name, Kind: btf.FwdStruct}
+		}
+		v.Target = p.fwd[s.Name]
+	}
+}
