@@ -5,6 +5,7 @@ package agent
 import (
 	"bufio"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -43,6 +44,7 @@ func serve() error {
 	if err != nil {
 		return err
 	}
+	fmt.Fprintln(os.Stderr, Serves)
 	a := &agent{kmsg: kmsg}
 	in := bufio.NewReaderSize(port, 1<<16)
 	for {
@@ -98,6 +100,15 @@ func (a *agent) do(q Request) (Reply, error) {
 		}
 		data, err := exec.Command(q.Args[0], q.Args[1:]...).CombinedOutput()
 		return Reply{Data: data}, err
+	case OpTasks:
+		all, err := tasks()
+		if err != nil {
+			return Reply{}, err
+		}
+		data, err := json.Marshal(all)
+		return Reply{Data: data}, err
+	case OpKexec:
+		return Reply{}, kexec(q.Path, q.Initrd, q.Params)
 	}
 	return Reply{}, fmt.Errorf("unknown request %q", q.Op)
 }

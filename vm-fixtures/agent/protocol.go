@@ -19,6 +19,10 @@ const Port = "kvmaccess.agent"
 // by "rdinit=".
 const Init = "/agent"
 
+// Serves is what the agent writes on the guest's console once in each boot:
+// what it is asked before may not reach it.
+const Serves = "agent: serves"
+
 // Op is what a guest can be asked to do.
 type Op string
 
@@ -31,6 +35,8 @@ const (
 	OpMSR    Op = "msr"    // CPU, Register: reply's Value
 	OpSpin   Op = "spin"   // Count: that many threads spin, each on a CPU of its own; 0 ends them
 	OpExec   Op = "exec"   // Args: reply's Data is the command's output
+	OpTasks  Op = "tasks"  // reply's Data is a JSON array of Task
+	OpKexec  Op = "kexec"  // Path, Initrd, Params: boots that kernel; no reply, its agent answers the next request
 )
 
 // Request is one line of JSON, followed by Size bytes of Data.
@@ -38,6 +44,7 @@ type Request struct {
 	Op       Op       `json:"op"`
 	Path     string   `json:"path,omitempty"`
 	Params   string   `json:"params,omitempty"`
+	Initrd   string   `json:"initrd,omitempty"`
 	Name     string   `json:"name,omitempty"`
 	Args     []string `json:"args,omitempty"`
 	CPU      int      `json:"cpu,omitempty"`

@@ -8,7 +8,10 @@
  * /sys/kernel/debug/probe/memory  JSON: where a page of known bytes lies
  * /sys/kernel/debug/probe/hold    write a CPU's number: a kernel thread there
  *                                 spins with known registers; -1 ends it
+ * /sys/kernel/debug/probe/poke    write an address, 8 bytes, and what is to be
+ *                                 there, even where it is read-only
  */
+#include "attack.h"
 #include <linux/debugfs.h>
 #include <linux/delay.h>
 #include <linux/err.h>
@@ -194,6 +197,37 @@ static const struct file_operations hold_fops = {
 	.llseek = noop_llseek,
 };
 
+static ssize_t poke_write(struct file *file, const char __user *buf, size_t size, loff_t *pos)
+{
+	unsigned long to;
+	size_t done;
+	u8 *page;
+
+	if (size <= sizeof(to) || copy_from_user(&to, buf, sizeof(to)))
+		return -EINVAL;
+	page = (u8 *)__get_free_page(GFP_KERNEL);
+	if (!page)
+		return -ENOMEM;
+	for (done = sizeof(to); done < size;) {
+		size_t n = min_t(size_t, size - done, PAGE_SIZE);
+
+		if (copy_from_user(page, buf + done, n))
+			break;
+		write_protected((void *)to, page, n);
+		to += n;
+		done += n;
+	}
+	free_page((unsigned long)page);
+	return done == size ? size : -EFAULT;
+}
+
+static const struct file_operations poke_fops = {
+	.owner = THIS_MODULE,
+	.open = simple_open,
+	.write = poke_write,
+	.llseek = noop_llseek,
+};
+
 static struct dentry *dir;
 
 static int __init probe_init(void)
@@ -213,6 +247,7 @@ static int __init probe_init(void)
 	debugfs_create_file("cpus", 0400, dir, NULL, &cpus_fops);
 	debugfs_create_file("memory", 0400, dir, NULL, &memory_fops);
 	debugfs_create_file("hold", 0200, dir, NULL, &hold_fops);
+	debugfs_create_file("poke", 0200, dir, NULL, &poke_fops);
 	return 0;
 }
 

@@ -70,7 +70,20 @@ func Kernels() ([]string, error) {
 }
 
 // Start boots a guest and returns once its agent answers.
-func Start(ctx context.Context, c Config) (_ *Guest, err error) {
+func Start(ctx context.Context, c Config) (*Guest, error) {
+	g, err := Launch(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if err := g.Up(ctx); err != nil {
+		return nil, errors.Join(err, g.Kill())
+	}
+	return g, nil
+}
+
+// Launch starts a guest and returns as soon as its QEMU answers; with "-S" in
+// Config.Args no vCPU has run by then.
+func Launch(ctx context.Context, c Config) (_ *Guest, err error) {
 	payload := os.Getenv(host.Env)
 	if payload == "" {
 		return nil, fmt.Errorf("%s is not set: this runs under 'vmfixture run'", host.Env)
@@ -94,8 +107,7 @@ func Start(ctx context.Context, c Config) (_ *Guest, err error) {
 	}()
 	defer func() {
 		if err != nil {
-			console := g.Console()
-			err = fmt.Errorf("guest %s: %w\nQEMU: %s\nits console:\n%s", c.Name, errors.Join(err, g.Kill()), g.out.String(), console)
+			err = errors.Join(g.failed(err), g.Kill())
 		}
 	}()
 	if g.qmp, err = dialQMP(ctx, g, filepath.Join(dir, "qmp")); err != nil {
@@ -105,11 +117,27 @@ func Start(ctx context.Context, c Config) (_ *Guest, err error) {
 		return nil, err
 	}
 	g.reply = bufio.NewReaderSize(g.conn, 1<<16)
+	return g, nil
+}
+
+// failed adds to an error what the guest and its QEMU said.
+func (g *Guest) failed(err error) error {
+	qemu := ""
+	select {
+	case <-g.exit:
+		qemu = g.out.String()
+	default:
+	}
+	return fmt.Errorf("guest %s: %w\nQEMU: %s\nits console:\n%s", g.Name, err, qemu, g.Console())
+}
+
+// Up waits until the guest's agent answers.
+func (g *Guest) Up(ctx context.Context) error {
 	// What is sent before the guest's driver is there waits in the socket.
 	if _, err := g.Ask(ctx, agent.Request{Op: agent.OpPing}); err != nil {
-		return nil, err
+		return g.failed(err)
 	}
-	return g, nil
+	return nil
 }
 
 // startPinned starts a command from a thread that never ends: the kernel

@@ -5,6 +5,7 @@ package guest
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -22,8 +23,7 @@ func lockThread() { runtime.LockOSThread() }
 
 // Symbols is the guest's own symbol list (/proc/kallsyms).
 func (g *Guest) Symbols(ctx context.Context) ([]byte, error) {
-	p, err := g.Ask(ctx, agent.Request{Op: agent.OpRead, Path: "/proc/kallsyms"})
-	return p.Data, err
+	return g.Read(ctx, "/proc/kallsyms")
 }
 
 // WriteSymbols stores the guest's own symbol list in a file.
@@ -45,6 +45,29 @@ func (g *Guest) Exec(ctx context.Context, args ...string) (string, error) {
 func (g *Guest) MSR(ctx context.Context, cpu int, register uint32) (uint64, error) {
 	p, err := g.Ask(ctx, agent.Request{Op: agent.OpMSR, CPU: cpu, Register: register})
 	return p.Value, err
+}
+
+// Tasks are all threads there are in the guest, as its /proc has them.
+func (g *Guest) Tasks(ctx context.Context) ([]agent.Task, error) {
+	p, err := g.Ask(ctx, agent.Request{Op: agent.OpTasks})
+	if err != nil {
+		return nil, err
+	}
+	var all []agent.Task
+	err = json.Unmarshal(p.Data, &all)
+	return all, err
+}
+
+// Read is the content of one of the guest's files.
+func (g *Guest) Read(ctx context.Context, name string) ([]byte, error) {
+	p, err := g.Ask(ctx, agent.Request{Op: agent.OpRead, Path: name})
+	return p.Data, err
+}
+
+// Write makes the content of one of the guest's files, which is created, data.
+func (g *Guest) Write(ctx context.Context, name string, data []byte) error {
+	_, err := g.Ask(ctx, agent.Request{Op: agent.OpWrite, Path: name, Data: data})
+	return err
 }
 
 // Spin keeps the guest's first n CPUs busy in user mode; 0 ends that.
@@ -181,7 +204,7 @@ func (p Pages) Content() []byte {
 
 const probeDir = "/sys/kernel/debug/probe"
 
-// LoadProbe loads the module that CPUs, Pages and Hold need.
+// LoadProbe loads the module that CPUs, Pages, Hold and Poke need.
 func (g *Guest) LoadProbe(ctx context.Context) error {
 	if _, err := g.Exec(ctx, "/bin/busybox", "mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"); err != nil {
 		return err
@@ -223,4 +246,10 @@ func (g *Guest) Pages(ctx context.Context) (Pages, error) {
 func (g *Guest) Hold(ctx context.Context, cpu int) error {
 	_, err := g.Ask(ctx, agent.Request{Op: agent.OpWrite, Path: probeDir + "/hold", Data: []byte(strconv.Itoa(cpu))})
 	return err
+}
+
+// Poke lets the guest's kernel overwrite its own memory, write-protected or
+// not, which must be mapped.
+func (g *Guest) Poke(ctx context.Context, gva uint64, data []byte) error {
+	return g.Write(ctx, probeDir+"/poke", append(binary.LittleEndian.AppendUint64(nil, gva), data...))
 }
