@@ -498,7 +498,7 @@ func (t *Types) fits(ctx context.Context, k *Kernel) error {
 	}
 	with := *k
 	with.Types = t
-	o, err := with.Part(ctx, "task_struct", at, "pid", "tgid", "comm", "tasks", "stack")
+	o, err := with.Part(ctx, "task_struct", at, "pid", "tgid", "comm", "tasks", "real_parent", "group_leader", "real_cred")
 	if err != nil {
 		return err
 	}
@@ -509,15 +509,23 @@ func (t *Types) fits(ctx context.Context, k *Kernel) error {
 	pid, err1 := o.Uint("pid")
 	tgid, err2 := o.Uint("tgid")
 	next, err3 := o.Pointer("tasks.next")
-	if err := errors.Join(err1, err2, err3); err != nil {
+	parent, err4 := o.Pointer("real_parent")
+	leader, err5 := o.Pointer("group_leader")
+	creds, err6 := o.Pointer("real_cred")
+	if err := errors.Join(err1, err2, err3, err4, err5, err6); err != nil {
 		return err
 	}
 	head, err := o.Addr("tasks")
 	if err != nil {
 		return err
 	}
-	if pid != 0 || tgid != 0 || !strings.HasPrefix(name, "swapper") {
-		return fmt.Errorf("by them the first task is %q with pid %d", name, pid)
+	if pid != 0 || tgid != 0 || !strings.HasPrefix(name, "swapper") || parent != at || leader != at {
+		return fmt.Errorf("by them the first task is %q with pid %d, the child of %#x", name, pid, parent)
+	}
+	if cred, err := with.Cred(ctx, creds); err != nil {
+		return err
+	} else if ns, ok := k.Image.Lookup("init_user_ns"); cred.UID != 0 || cred.EUID != 0 || ok && cred.UserNS != ns {
+		return fmt.Errorf("by them the first task is that of user %d", cred.UID)
 	}
 	if back, err := k.Space.Pointer(ctx, next+8); err != nil || back != head {
 		return errors.New("by them the list of tasks does not lead back to the first one")
@@ -614,8 +622,8 @@ func (k *Kernel) searchTypes(ctx context.Context, tried Extent) *Types {
 
 type blob struct{ start, end int }
 
-// btfBlobs finds what begins like BTF and is whole, the largest first. At most
-// a few are returned: each costs time to decode.
+// btfBlobs finds what looks like a whole kernel's BTF, the largest first. At
+// most a few are returned: each costs time to decode.
 func btfBlobs(data []byte) []blob {
 	const most = 16
 	var found []blob
@@ -625,13 +633,26 @@ func btfBlobs(data []byte) []blob {
 			break
 		}
 		at += i
-		if size, ok := btfSize(data[at:]); ok && at%4 == 0 {
+		if size, ok := btfSize(data[at:]); ok && at%4 == 0 && kernelBTF(data[at:at+size]) {
 			found = append(found, blob{at, at + size})
 		}
 		at += 4
 	}
 	slices.SortStableFunc(found, func(a, b blob) int { return (b.end - b.start) - (a.end - a.start) })
 	return found[:min(len(found), most)]
+}
+
+// kernelBTF says whether BTF has a header of a usual length, and the name of a
+// type that kernels have and programs' own types rarely.
+func kernelBTF(data []byte) bool {
+	const longest = 256
+	header := binary.LittleEndian.Uint32(data[4:])
+	if header > longest {
+		return false
+	}
+	start := uint64(header) + uint64(binary.LittleEndian.Uint32(data[16:]))
+	text := data[start : start+uint64(binary.LittleEndian.Uint32(data[20:]))]
+	return len(text) > 0 && text[0] == 0 && text[len(text)-1] == 0 && bytes.Contains(text, []byte("\x00mm_struct\x00"))
 }
 
 // btfSize is how many bytes the BTF at the start of data has by its header.
