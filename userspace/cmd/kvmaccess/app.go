@@ -133,7 +133,7 @@ Exit status: 0, 1 after an error; of "check" 2 when there are findings.`,
 	}
 	f := root.PersistentFlags()
 	f.StringVarP(&a.output, "output", "o", "table", "`format`: table for people, json for programs")
-	f.StringVarP(&a.symbols, "symbols", "s", "", "symbol `file` of the guest's kernel: a copy of its /proc/kallsyms, taken as root, or its System.map")
+	f.StringVarP(&a.symbols, "symbols", "s", "", "symbol `file` of the guest's kernel, instead of what it has in memory: a copy of its /proc/kallsyms, taken as root, or its System.map")
 	f.StringVar(&a.socket, "socket", daemon.DefaultSocket, "unix `socket` of kvmaccessd")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions(outputs, cobra.ShellCompDirectiveNoFileComp))
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {

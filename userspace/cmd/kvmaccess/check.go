@@ -36,9 +36,10 @@ func (a *app) check() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check {[VM]... | --dump FILE}",
 		Short: "Check the integrity of guests once",
-		Long: `Check once whether guests (default all) are as an honest kernel has them: system
-call table and registers, IDT, GDT, control registers. Most of it needs
---symbols. Changes over time are the daemon's to find, see kvmaccess watch.
+		Long: `Check once whether guests (default all), or a file of a guest's memory, are as an
+honest kernel has them: system call table and registers, IDT, GDT, control
+registers. Changes over time are the daemon's to find, see kvmaccess watch, or
+those since a --baseline.
 
 Exit status: 0 without findings, 2 with findings, 1 when a guest could not be
 checked.`,

@@ -29,13 +29,51 @@ func (a *app) readSymbols() (*guest.Symbols, error) {
 	return s, nil
 }
 
-// image finds where the guest's kernel runs, from one of its vCPUs that is
-// past its boot; nil without --symbols.
-func (a *app) image(ctx context.Context, src source, v vm) (*guest.Image, error) {
+// image finds the symbols of the guest's kernel where it runs: those that
+// --symbols names, or else its own, out of its memory.
+func (a *app) image(ctx context.Context, src source, v vm, opts guest.AttachOptions) (*guest.Image, error) {
 	symbols, err := a.readSymbols()
-	if err != nil || symbols == nil {
+	switch {
+	case err != nil:
 		return nil, err
+	case symbols != nil:
+		return a.fileImage(ctx, src, v, symbols)
 	}
+	k, err := guest.Attach(ctx, live{src.Memory(v.VM), src, v.ID}, opts)
+	switch {
+	case errors.Is(err, kvmaccess.ErrNoVM), errors.Is(err, kvmaccess.ErrDying), errors.Is(err, kvmaccess.ErrProtected), ctx.Err() != nil:
+		return nil, err
+	case err != nil:
+		return nil, &noSymbolsError{v, err}
+	}
+	return k.Image, nil
+}
+
+// noSymbolsError says why a guest's memory has no symbols.
+type noSymbolsError struct {
+	vm  vm
+	err error
+}
+
+// Error does not let explain give the advice that the reason alone would get.
+func (e *noSymbolsError) Error() string {
+	return fmt.Sprintf("%s: no symbols in its memory: %v", e.vm, e.err)
+}
+
+// names is the image for what can do without: nil where nothing tells it.
+func (a *app) names(ctx context.Context, src source, v vm) (*guest.Image, error) {
+	image, err := a.image(ctx, src, v, guest.AttachOptions{NoTypes: true, Early: true})
+	var none *noSymbolsError
+	if errors.As(err, &none) {
+		fmt.Fprintf(a.err, "note: %s\n", printable(explain(err)))
+		return nil, nil
+	}
+	return image, err
+}
+
+// fileImage finds where the guest's kernel runs of which the symbols are, from
+// one of its vCPUs that is past its boot.
+func (a *app) fileImage(ctx context.Context, src source, v vm, symbols *guest.Symbols) (*guest.Image, error) {
 	vcpus, err := src.VCPUs(ctx, v.ID)
 	if err != nil {
 		return nil, err

@@ -46,11 +46,11 @@ func (a *app) mem() *cobra.Command {
 		Short: "Show memory of a guest",
 		Long: `Show LENGTH bytes of a guest's memory from ADDRESS on: guest-physical, or with
 --virtual guest-virtual, by the page tables of a vCPU or by those at --root.
-With --symbols, ADDRESS may also be SYMBOL or SYMBOL+OFFSET. Numbers are
-decimal, or hexadecimal after 0x; LENGTH may end in K, M or G.`,
+ADDRESS may also be SYMBOL or SYMBOL+OFFSET. Numbers are decimal, or
+hexadecimal after 0x; LENGTH may end in K, M or G.`,
 		Example: `  kvmaccess mem web1 0x1000 256
   kvmaccess mem web1 0xffffffff81000000 4K --virtual --raw > text
-  kvmaccess mem web1 linux_banner 128 --symbols System.map`,
+  kvmaccess mem web1 linux_banner 128`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
 			length, err := parseSize(args[2])
@@ -152,23 +152,23 @@ func (a *app) reader(ctx context.Context, src source, v vm, vcpu int, root uint6
 	}, nil
 }
 
-// parseAddress takes a number, or with --symbols SYMBOL[+OFFSET].
+// parseAddress takes a number, or SYMBOL[+OFFSET].
 func (a *app) parseAddress(ctx context.Context, src source, v vm, arg string) (address uint64, symbolic bool, err error) {
 	n, err := parseNumber(arg, math.MaxUint64)
 	if err == nil {
 		return n, false, nil
 	}
 	symbol, offset, _ := strings.Cut(arg, "+")
-	if a.symbols == "" || symbol == "" || symbol[0] >= '0' && symbol[0] <= '9' {
-		return 0, false, fmt.Errorf("ADDRESS %q: %w; with --symbols it may be a symbol", arg, err)
+	if symbol == "" || symbol[0] >= '0' && symbol[0] <= '9' {
+		return 0, false, fmt.Errorf("ADDRESS %q: %w, nor a symbol", arg, err)
 	}
-	image, err := a.image(ctx, src, v)
+	image, err := a.image(ctx, src, v, guest.AttachOptions{})
 	if err != nil {
-		return 0, false, err
+		return 0, false, fmt.Errorf("ADDRESS %q: %w", arg, err)
 	}
 	address, ok := image.Lookup(symbol)
 	if !ok {
-		return 0, false, fmt.Errorf("ADDRESS %q: --symbols %s has no symbol %q", arg, a.symbols, symbol)
+		return 0, false, fmt.Errorf("ADDRESS %q: the kernel of %s has no symbol %q", arg, v, symbol)
 	}
 	if offset != "" {
 		n, err := parseNumber(offset, math.MaxUint32)

@@ -39,7 +39,7 @@ func (a *app) regs() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
 			return a.withVM(ctx, args[0], func(src source, v vm) error {
-				image, err := a.image(ctx, src, v)
+				image, err := a.names(ctx, src, v)
 				if err != nil {
 					return err
 				}

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 
@@ -29,15 +28,11 @@ func (a *app) syscalls() *cobra.Command {
 	cmd := a.oneVM(&cobra.Command{
 		Use:   "syscalls",
 		Short: "Show the system call table of a guest",
-		Long: `Show the system call table of a guest: number, name, handler and its symbol.
-It needs --symbols: nothing else tells where the table is.`,
+		Long:  `Show the system call table of a guest: number, name, handler and its symbol.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			if a.symbols == "" {
-				return errors.New("where the system call table is only symbols tell: give --symbols FILE, a copy of the guest's /proc/kallsyms (taken as root) or its System.map")
-			}
 			return a.withVM(ctx, args[0], func(src source, v vm) error {
-				image, err := a.image(ctx, src, v)
+				image, err := a.image(ctx, src, v, guest.AttachOptions{})
 				if err != nil {
 					return err
 				}
@@ -64,7 +59,7 @@ It needs --symbols: nothing else tells where the table is.`,
 					}
 				}
 				if len(list) == 0 {
-					return fmt.Errorf("--symbols %s: it has no sys_call_table", a.symbols)
+					return fmt.Errorf("the kernel of %s has no symbol sys_call_table", v)
 				}
 				if a.output == "json" {
 					return a.json(list)

@@ -58,7 +58,7 @@ func (a *app) loadTable(ctx context.Context, src source, v vm, vcpu int, kind kv
 	if err != nil {
 		return kvmaccess.Table{}, false, nil, err
 	}
-	image, err := a.image(ctx, src, v)
+	image, err := a.names(ctx, src, v)
 	if err != nil {
 		return kvmaccess.Table{}, false, nil, err
 	}

@@ -492,11 +492,12 @@ func TestBadFiles(t *testing.T) {
 // FuzzOpen: whatever a file holds, it is refused or can be read where it says
 // that it has memory.
 func FuzzOpen(f *testing.F) {
-	f.Add(core([]load{{paddr: 0x1000, data: ram(0x1000, 1)}, {paddr: 0x100000, data: ram(0x100000, 2)}}, note("QEMU", 0, state(kernelState(), 440)), true))
-	f.Add(core([]load{{paddr: 0x1000, data: ram(0x1000, 1)}, {paddr: 0x1800, data: ram(0x1000, 1)[0x800:], same: 1}}, note("QEMU", 0, state(kernelState(), 432)), false))
-	f.Add(bytes.Join([][]byte{lime(1, 0x1000, 0x1fff, ram(0x1000, 1)), lime(1, 0x5000, 0x50ff, ram(0x5000, 1)[:0x100])}, nil))
-	// A real one's beginning: no memory.
-	f.Add(core(make([]load, 300), note("VMCOREINFO", 0, []byte("OSRELEASE=6.1")), true))
+	// Little memory, or most of what changes is that.
+	some := ram(0x1000, 1)[:64]
+	f.Add(core([]load{{paddr: 0x1000, data: some}, {paddr: 0x100000, data: some}}, note("QEMU", 0, state(kernelState(), 440)), true))
+	f.Add(core([]load{{paddr: 0x1000, data: some}, {paddr: 0x1020, data: some[32:], same: 1}}, note("QEMU", 0, state(kernelState(), 432)), false))
+	f.Add(core([]load{{paddr: 0x1000, data: some, memsz: 4096}, {memsz: 4096}}, note("VMCOREINFO", 0, []byte("OSRELEASE=6.1")), true))
+	f.Add(bytes.Join([][]byte{lime(1, 0x1000, 0x103f, some), lime(1, 0x5000, 0x503f, some)}, nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		d, err := open(b)
 		if err != nil {
