@@ -221,35 +221,45 @@ func (s *section) u32(off int) uint32 { return binary.LittleEndian.Uint32(s.data
 // findNames finds the markers and the names in front of the tokens, and
 // returns where the number of names stands.
 func (k *kallsyms) findNames(s *section, tokens int) (int, error) {
-	// Between markers and tokens there may be 3 or 4 bytes for each name.
-	const perBlock = 256 * (4 + 4)
-	last := s.align(tokens-4, 4)
-	if last+4 > tokens {
-		last -= 4
-	}
 	tried := 0
-	for end := last; end >= 4; {
-		// A run that goes up, ending at s.data[end+4:].
+	for end := s.align(tokens-7, 4); end >= 4 && tokens-end <= mostSymbols*4; {
+		// A run that goes up, the last of which is at data[end:].
 		start := end
 		for start >= 4 && plausibleStep(s.u32(start-4), s.u32(start)) {
 			start -= 4
 		}
-		count := (end-start)/4 + 1
-		if s.u32(start) == 0 && count >= fewestMarkers && tokens-(end+4) <= count*perBlock {
-			names, err := k.namesBefore(s, start, count)
-			if err == nil {
-				return names, nil
+		if s.u32(start) == 0 {
+			// What follows the markers may seem to go on with them.
+			for count := (end-start)/4 + 1; count >= fewestMarkers; count-- {
+				if !endsMarkers(tokens-(start+4*count), count) {
+					continue
+				}
+				names, err := k.namesBefore(s, start, count)
+				if err == nil {
+					return names, nil
+				}
+				if tried++; tried == 16 {
+					return 0, err
+				}
 			}
-			if tried++; tried == 16 {
-				return 0, err
-			}
-		}
-		if tokens-start > mostSymbols*4 {
-			break
 		}
 		end = start - 4
 	}
 	return 0, errors.New("no markers that point to names stand before the tokens")
+}
+
+// endsMarkers says whether what lies between count markers and the tokens is
+// padding or a table of the names' order, of 3 or 4 bytes each.
+func endsMarkers(gap, count int) bool {
+	if gap >= 0 && gap < 8 {
+		return true
+	}
+	for _, width := range []int{3, 4} {
+		if gap > width*(count-1)*256 && gap < width*count*256+16 {
+			return true
+		}
+	}
+	return false
 }
 
 // plausibleStep says whether 256 names, each a length and at least a type and
@@ -263,15 +273,18 @@ func (k *kallsyms) namesBefore(s *section, markers, count int) (int, error) {
 	final := int(s.u32(markers + 4*(count-1)))
 	// The names end in front of the markers; the last of them, up to 256, have
 	// no marker to tell how long they are.
-	first := max(markers-final-256*(longestName+2)-8, 8)
+	first := max(markers-final-256*(longestName+2)-8, 4)
 	for start := s.align(first, 4); start <= markers-final-2; start += 4 {
 		// The number of names, padded to 8 bytes in older kernels.
 		for _, gap := range []int{8, 4} {
+			if start < gap {
+				continue
+			}
 			n := int(s.u32(start - gap))
 			if n <= (count-1)*256 || n > count*256 || gap == 8 && s.u32(start-4) != 0 {
 				continue
 			}
-			end, ok := chain(s.data[start:markers], s.data[markers:markers+4*count], n)
+			end, ok := nameChain(s.data[start:markers], s.data[markers:markers+4*count], n)
 			if !ok {
 				continue
 			}
@@ -285,9 +298,9 @@ func (k *kallsyms) namesBefore(s *section, markers, count int) (int, error) {
 	return 0, fmt.Errorf("%d markers end where no names lie", count)
 }
 
-// chain follows the lengths of n names and says where they end, and whether
+// nameChain follows the lengths of n names and says where they end, and whether
 // they meet each marker and reach the end of data but for padding.
-func chain(data, markers []byte, n int) (int, bool) {
+func nameChain(data, markers []byte, n int) (int, bool) {
 	at := 0
 	for i := range n {
 		if i%256 == 0 && uint32(at) != binary.LittleEndian.Uint32(markers[i/256*4:]) {
@@ -357,7 +370,6 @@ func (k *kallsyms) findAddresses(s *section, number, index int, fits func(*kalls
 			try.layout, try.offsets, try.at = layout, s.data[p.offsets:end], s.gva+uint64(p.offsets)
 			if p.base >= 0 {
 				try.base = binary.LittleEndian.Uint64(s.data[p.base:])
-				end = max(end, p.base+8)
 			}
 			if !try.ordered() {
 				continue
@@ -368,7 +380,7 @@ func (k *kallsyms) findAddresses(s *section, number, index int, fits func(*kalls
 				}
 				continue
 			}
-			try.parts = append(slices.Clone(k.parts), s.extent(p.offsets, end))
+			try.parts = append(slices.Clone(k.parts), s.extent(p.offsets, max(end, p.base+8)))
 			*k = try
 			return nil
 		}
