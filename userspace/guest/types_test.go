@@ -359,10 +359,29 @@ func TestReadTypes(t *testing.T) {
 	}
 }
 
+// excerpt is BTF of a few types of a recorded kernel: small enough to fuzz.
+func excerpt(t testing.TB, name string, types ...string) []byte {
+	t.Helper()
+	spec, err := btf.LoadSpecFromReader(bytes.NewReader(unpack(t, name+".btf.gz")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []btf.Type
+	for _, name := range types {
+		found, err := spec.AnyTypesByName(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, found...)
+	}
+	return buildTypes(t, all...)
+}
+
 // FuzzTypes decodes any bytes as BTF, and looks types up in it.
 func FuzzTypes(f *testing.F) {
 	for _, name := range recordedNames {
-		f.Add(unpack(f, name+".btf.gz"), "task_struct", "tasks.next")
+		f.Add(excerpt(f, name, "list_head", "xa_node", "idr", "pid_type"), "xa_node", "slots[3]")
+		f.Add(excerpt(f, name, "desc_struct", "x86_hw_tss", "spinlock_t"), "desc_struct", "dpl")
 	}
 	f.Add(typeChain(50), "x", "x")
 	f.Add(rawBTF(u32(1, btfStruct<<24|1, 8, 0, 2, 0, 0, btfStruct<<24|1, 8, 0, 2, 0), []byte("\x00x\x00y\x00")), "x", "y[3].z")
