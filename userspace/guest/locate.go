@@ -162,6 +162,9 @@ func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*locatio
 		if unreadable(err) && !errors.Is(err, kvmaccess.ErrNoMemslot) {
 			return nil, fmt.Errorf("interrupt table of vCPU %d: %w", v.ID, err)
 		}
+		if e := mem.ReadPhysical(ctx, mode.RootOf(v.CR3), make([]byte, 8)); errors.Is(e, kvmaccess.ErrNoMemslot) {
+			return not(ErrNoMemory, "has its page tables where there is none: %w", e)
+		}
 		return not(ErrNotBooted, "has no interrupt table that can be read: %w", err)
 	}
 	if !mode.Long() {
