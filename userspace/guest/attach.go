@@ -98,8 +98,9 @@ func attach(ctx context.Context, src Source, opts AttachOptions) (*Kernel, error
 	return nil, reason
 }
 
-// mostSection bounds how much of an image is looked through at once.
-const mostSection = 256 << 20
+// mostSection bounds how much of an image is looked through at once, in bytes:
+// more than all of a distribution's kernel, which is one run early in boot.
+const mostSection = 96 << 20
 
 // findTables finds the symbol table in the image, first where no kernel of
 // these days lets it be written or executed.

@@ -57,7 +57,11 @@ func (l *location) mapped(gva uint64) (Mapping, bool) {
 	return l.parts[i], true
 }
 
-// section is a run of the image. Pages that lie in no memory read as zeros.
+// mostLost bounds how much of an image may be in no memory, in bytes.
+const mostLost = 8 << 20
+
+// section is a run of the image. Pages that lie in no memory read as zeros, as
+// long as they are few.
 func (l *location) section(ctx context.Context, x Extent) *section {
 	s := &section{gva: x.Start, data: make([]byte, 0, x.Size())}
 	read := func(gva uint64, p []byte) error {
@@ -66,7 +70,7 @@ func (l *location) section(ctx context.Context, x Extent) *section {
 	s.read = func(at int, p []byte) error {
 		gva := x.Start + uint64(at)
 		err := read(gva, p)
-		for errors.Is(err, kvmaccess.ErrNoMemslot) && len(p) > 0 {
+		for errors.Is(err, kvmaccess.ErrNoMemslot) && len(p) > 0 && s.lost < mostLost {
 			n := min(len(p), 4096-int(gva&4095))
 			one := read(gva, p[:n])
 			if errors.Is(one, kvmaccess.ErrNoMemslot) {

@@ -16,9 +16,10 @@ import (
 // have some 60,000 symbols.
 const (
 	mostModules       = 4096
-	mostModuleSymbols = 1 << 20
-	mostModuleStrings = 32 << 20
+	mostModuleSymbols = 1 << 20  // of all modules together
+	mostModuleStrings = 64 << 20 // bytes, of all modules together
 	mostExports       = 1 << 16
+	mostExportStrings = 8 << 20 // bytes
 	mostPrograms      = 1 << 16
 	mostOther         = 1 << 14
 )
@@ -59,6 +60,8 @@ type moduleReader struct {
 	k       *Kernel
 	symbols []Symbol
 	extents []moduleExtent
+	count   uint64 // entries of tables
+	strings uint64 // bytes of names
 }
 
 // modules reads all modules' symbols.
@@ -117,9 +120,10 @@ func (r *moduleReader) module(ctx context.Context, at uint64) error {
 	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		return fail(err)
 	}
-	if count > mostModuleSymbols {
-		return fail(fmt.Errorf("%w: %d symbols", ErrTooLong, count))
+	if count > mostModuleSymbols || r.count+count > mostModuleSymbols {
+		return fail(fmt.Errorf("%w: %d symbols", ErrTooLong, r.count+count))
 	}
+	r.count += count
 	exported, err := r.exports(ctx, o)
 	if err != nil {
 		return fail(err)
@@ -137,8 +141,8 @@ func (r *moduleReader) module(ctx context.Context, at uint64) error {
 	for i := range count {
 		last = max(last, uint64(binary.LittleEndian.Uint32(entries[i*size:])))
 	}
-	if last > mostModuleStrings {
-		return fail(fmt.Errorf("%w: names of %d bytes", ErrTooLong, last))
+	if r.strings += last; r.strings > mostModuleStrings {
+		return fail(fmt.Errorf("%w: names of %d bytes", ErrTooLong, r.strings))
 	}
 	names := make([]byte, last)
 	if err := r.k.Space.Read(ctx, strtab, names); err != nil {
@@ -270,7 +274,7 @@ func (k *Kernel) exports(ctx context.Context, at uint64, count int, f func(name 
 		low, high = min(low, p), max(high, p)
 	}
 	var names []byte
-	if high >= low && high-low <= mostModuleStrings {
+	if high >= low && high-low <= mostExportStrings {
 		names = make([]byte, high-low)
 		if err := k.Space.Read(ctx, low, names); err != nil {
 			names = nil

@@ -21,8 +21,13 @@ type kernelSource struct {
 // VCPUs implements guest.Source.
 func (s kernelSource) VCPUs(context.Context) ([]kvmaccess.VCPU, error) { return s.cpus, nil }
 
-// modulesEvery bounds how often the guest's modules are read anew.
-const modulesEvery = time.Second
+// The guest's modules are read anew at most every modulesEvery, and so seldom
+// that it takes no more than one part in modulesShare of the time, however many
+// modules the guest pretends to have.
+const (
+	modulesEvery = time.Second
+	modulesShare = 100
+)
 
 // findKernel finds the guest's kernel in its memory, the one that was found
 // before if that still, or again, runs. It returns false if the Monitor is to
@@ -120,13 +125,15 @@ func (m *Monitor) nameModules(ctx context.Context) {
 	if k == nil || k.Types == nil {
 		return
 	}
-	if d := m.now().Sub(m.refreshed); d >= 0 && d < modulesEvery {
+	if d := m.now().Sub(m.refreshed); d >= 0 && d < max(modulesEvery, modulesShare*m.modulesTook) {
 		return
 	}
 	m.refreshed = m.now()
+	start := time.Now()
 	// What cannot be read is not named; the next look may find it in order.
 	if err := k.ReadModules(ctx); err != nil && !guestError(err) {
 		m.status.Unread++
 	}
+	m.modulesTook = time.Since(start)
 	m.g.Image = k.Image
 }

@@ -101,9 +101,10 @@ type Monitor struct {
 	errs    []error               // why
 	dst     []kvmaccess.RangeData // for the next read
 
-	kernel    *guest.Kernel // as found last; nil: it was not
-	fresh     bool          // all of it was just read
-	refreshed time.Time     // when what changes of it was
+	kernel      *guest.Kernel // as found last; nil: it was not
+	fresh       bool          // all of it was just read
+	refreshed   time.Time     // when what changes of it was
+	modulesTook time.Duration // to read its modules
 
 	attaching bool
 
