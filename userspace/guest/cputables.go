@@ -65,10 +65,14 @@ func (k *Kernel) CPUTables(ctx context.Context) ([]CPUTables, error) {
 	if err != nil {
 		return nil, err
 	}
+	offsets, err := k.cpuOffsets(ctx)
+	if err != nil {
+		return nil, err
+	}
 	vcpus := map[int]int{}
 	var errs []error
 	for i := range k.CPUs {
-		cpu, err := k.LinuxCPU(ctx, i)
+		cpu, err := k.linuxCPU(i, offsets)
 		if err != nil {
 			errs = bounded(errs, err)
 			continue

@@ -45,7 +45,8 @@ const (
 	maxModules    = 1 << 14
 	maxModuleSize = 1 << 30
 	maxModuleName = 256
-	maxUsers      = 1 << 12
+	maxUsers      = 1 << 16 // of all modules together
+	maxCandidates = 1 << 16 // of what may be a module
 )
 
 // Module reads one struct module, without Users. The error is an *ObjectError.
@@ -157,7 +158,7 @@ func (k *Kernel) moduleMemory(o *Object, m *Module) error {
 }
 
 // moduleUsers lists which modules use this one.
-func (k *Kernel) moduleUsers(ctx context.Context, m *Module) error {
+func (k *moduleCollector) moduleUsers(ctx context.Context, m *Module) error {
 	if !k.Types.Has("module", "source_list") {
 		return nil
 	}
@@ -169,7 +170,8 @@ func (k *Kernel) moduleUsers(ctx context.Context, m *Module) error {
 	if err != nil {
 		return err
 	}
-	return k.List(ctx, "users of module "+m.Name, m.Address+head, maxUsers, func(node uint64) error {
+	return k.List(ctx, "users of module "+m.Name, m.Address+head, maxUsers-k.users, func(node uint64) error {
+		k.users++
 		use, err := k.Object(ctx, "module_use", node-link)
 		if err != nil {
 			return err
@@ -238,9 +240,11 @@ func (k *Kernel) moduleList(ctx context.Context) (uint64, error) {
 // moduleCollector gathers modules of which some may be damaged.
 type moduleCollector struct {
 	*Kernel
-	found []Module
-	seen  map[uint64]bool
-	errs  []error
+	found      []Module
+	seen       map[uint64]bool
+	errs       []error
+	users      int
+	candidates int
 }
 
 func (c *moduleCollector) note(err error) { c.errs = bounded(c.errs, err) }
@@ -364,7 +368,7 @@ func (k *Kernel) ModuleKset(ctx context.Context) ([]Module, error) {
 const moduleEnd = 0xffffffffff000000
 
 // maxModuleArea bounds what ModuleAreas reads.
-const maxModuleArea = 1 << 30
+const maxModuleArea = 256 << 20
 
 // ModuleAreas finds modules without any list: it looks through all data in the
 // addresses where modules lie for what can only be a struct module, one that
@@ -415,6 +419,9 @@ func (k *Kernel) moduleAreas(ctx context.Context) ([]Module, error) {
 		for at := 0; at+8 <= len(p); at += 8 {
 			v := binary.LittleEndian.Uint64(p[at:])
 			if v == x.Start+uint64(at)-self && v%8 == 0 && v >= end && v < moduleEnd {
+				if c.candidates++; c.candidates > maxCandidates {
+					return c.done(&ObjectError{"module addresses", v, ErrTooLong})
+				}
 				c.candidate(ctx, v)
 			}
 		}

@@ -9,7 +9,7 @@ import (
 )
 
 // maxModuleBTF bounds a module's BTF, in bytes.
-const maxModuleBTF = 16 << 20
+const maxModuleBTF = 8 << 20
 
 // ModuleTypes reads the types of a module, which build on the kernel's: the
 // BTF that the kernel keeps of it (struct btf_module in kernel/bpf/btf.c). The

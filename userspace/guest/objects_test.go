@@ -795,3 +795,164 @@ func objectWalks() []func(*Kernel, context.Context) (int, error) {
 		},
 	}
 }
+
+// TestDamagedModules: errors name what is damaged, and the other views go on.
+func TestDamagedModules(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		view  string
+		do    func(t *testing.T, r *recorded, m []Module)
+		want  error
+		least int // modules of the view that are still found
+	}{
+		{"list in a cycle", "list", func(t *testing.T, r *recorded, m []Module) {
+			at := r.at(t, "module", "list")
+			r.write(t, m[5].Address+at, m[2].Address+at)
+		}, ErrCycle, 6},
+		{"a name of junk", "list", func(t *testing.T, r *recorded, m []Module) {
+			r.write(t, m[5].Address+r.at(t, "module", "name"), 0x01020304)
+		}, errAny, 11},
+		{"a state of junk", "list", func(t *testing.T, r *recorded, m []Module) {
+			r.write(t, m[5].Address+r.at(t, "module", "state"), 0xdddddddd)
+		}, errAny, 11},
+		{"users in a cycle", "list", func(t *testing.T, r *recorded, m []Module) {
+			for _, m := range m {
+				if len(m.Users) > 1 {
+					at := m.Address + r.at(t, "module", "source_list")
+					first := r.word(t, at)
+					r.write(t, first, first)
+					return
+				}
+			}
+			t.Fatal("no module has users")
+		}, ErrCycle, 12},
+		{"tree in a cycle", "tree", func(t *testing.T, r *recorded, m []Module) {
+			root, err := r.symbol("mod_tree")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, i := range []string{"0", "1"} {
+				top := r.word(t, root+r.at(t, "mod_tree_root", "root.tree["+i+"]"))
+				r.write(t, r.word(t, top+16)+8, top) // to the right of what is left of it
+			}
+		}, ErrCycle, 1},
+		{"sysfs leads to a program", "kset", func(t *testing.T, r *recorded, m []Module) {
+			r.write(t, m[5].Address+r.at(t, "module", "mkobj.kobj.entry"), 0x400000)
+		}, ErrNotKernel, 1},
+		{"sysfs names what is none", "kset", func(t *testing.T, r *recorded, m []Module) {
+			r.write(t, m[5].Address+r.at(t, "module", "mkobj.mod"), m[5].Address+8)
+		}, errAny, 11},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := loadRecorded(t, "debian11")
+			all, err := r.Modules(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.do(t, r, all)
+			for name, list := range moduleViews(r) {
+				found, err := list(t.Context())
+				if name != c.view {
+					if len(found) < len(all)-1 {
+						t.Errorf("%s: %d of %d modules: %v", name, len(found), len(all), err)
+					}
+					continue
+				}
+				if object := new(ObjectError); !errors.As(err, &object) || c.want != errAny && !errors.Is(err, c.want) {
+					t.Errorf("error %v, want %v", err, c.want)
+				}
+				if len(found) < c.least || len(found) > len(all) {
+					t.Errorf("%d of %d modules", len(found), len(all))
+				}
+			}
+		})
+	}
+}
+
+// TestDamagedRunQueues: the same for run queues.
+func TestDamagedRunQueues(t *testing.T) {
+	for _, c := range []struct {
+		name, path string
+		value      func(t *testing.T, r *recorded, rq uint64) uint64
+		want       error
+	}{
+		{"a running task that is none", "curr", func(t *testing.T, r *recorded, rq uint64) uint64 { return rq }, errAny},
+		{"a running task of a program", "curr", func(t *testing.T, r *recorded, rq uint64) uint64 { return 0x5000 }, ErrNotKernel},
+		{"no idle task", "idle", func(t *testing.T, r *recorded, rq uint64) uint64 { return 0 }, ErrNull},
+		{"a list that does not return", "cfs_tasks.next", func(t *testing.T, r *recorded, rq uint64) uint64 { return rq + r.at(t, "rq", "rt.active.queue") }, ErrBackLink},
+		{"a queue in itself", "rt.active.queue[50].next", func(t *testing.T, r *recorded, rq uint64) uint64 {
+			other := rq + r.at(t, "rq", "rt.active.queue[51]")
+			return other
+		}, ErrCycle},
+		{"a group in itself", "cfs.curr", func(t *testing.T, r *recorded, rq uint64) uint64 {
+			// An entity whose own queue is the one that it is in.
+			at := rq + r.at(t, "rq", "cfs.removed")
+			r.write(t, at+r.at(t, "sched_entity", "my_q"), rq+r.at(t, "rq", "cfs"))
+			return at
+		}, ErrCycle},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := loadRecorded(t, "debian12")
+			all, err := r.RunQueues(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			rq, err := r.PerCPU(t.Context(), "runqueues", 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r.write(t, rq+r.at(t, "rq", c.path), c.value(t, r, rq))
+			got, err := r.RunQueues(t.Context())
+			if object := new(ObjectError); !errors.As(err, &object) || c.want != errAny && !errors.Is(err, c.want) {
+				t.Errorf("error %v, want %v", err, c.want)
+			}
+			if len(got) < len(all)-1 {
+				t.Errorf("%d of %d: %+v", len(got), len(all), got)
+			}
+		})
+	}
+}
+
+// TestModuleTypes finds the BTF of a module where the kernel keeps it.
+func TestModuleTypes(t *testing.T) {
+	base, err := ParseTypes(unpack(t, "debian12.btf.gz"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := uint32(len(base.graph.strings))
+	list := base.graph.named("list_head")[0]
+	split := rawBTF(u32(own, btfStruct<<24|1, 16, own+4, uint32(list), 0), []byte("mod\x00link\x00"))
+	const (
+		b         = flatBase
+		here, two = 0x3000, 0x3800 // modules
+	)
+	memory := words(map[uint64]uint64{
+		0: b + 0x100, 8: b + 0x200, // btf_modules
+		0x100: b + 0x200, 0x108: b, 0x110: b + here, 0x118: b + 0x400,
+		0x200: b, 0x208: b + 0x100, 0x210: b + two, 0x218: b + 0x600,
+		0x400: b + 0x1000, 0x450: uint64(len(split)), // struct btf: data, data_size
+		0x600: b + 0x1000, 0x650: 1 << 30,
+	})
+	copy(memory[0x1000:], split)
+	k := flat(t, memory)
+	k.Types = base
+	if f, err := base.structField("btf", "data_size"); err != nil || f.Offset != 0x50 {
+		t.Fatalf("%+v, %v", f, err)
+	}
+	symbols := &Symbols{long: true, symbols: []Symbol{{Name: "btf_modules", Address: b, Type: 'd'}}}
+	symbols.index()
+	k.Image = NewImage(symbols, 0)
+	types, err := k.ModuleTypes(t.Context(), &Module{Name: "mod", Address: b + here})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, err := types.structField("mod", "link.prev"); err != nil || f.Offset != 8 || f.Type() != "struct list_head *" {
+		t.Errorf("%+v, %v", f, err)
+	}
+	if _, err := k.ModuleTypes(t.Context(), &Module{Name: "huge", Address: b + two}); !errors.Is(err, ErrBadTypes) {
+		t.Errorf("BTF of 1 GiB: %v", err)
+	}
+	if _, err := k.ModuleTypes(t.Context(), &Module{Name: "other", Address: b + 0x2000}); !errors.Is(err, ErrNoTypes) {
+		t.Errorf("a module without BTF: %v", err)
+	}
+}

@@ -89,25 +89,45 @@ func (k *Kernel) cpuOffset(ctx context.Context, cpu int) (uint64, error) {
 	return offset, nil
 }
 
-// LinuxCPU is the number that the guest's kernel gives a vCPU: the one whose
-// own data GS points to, in the kernel or for when it enters it.
+// LinuxCPU is the number that the guest's kernel gives a vCPU, an index into
+// CPUs: the one whose own data GS points to, in the kernel or for when it enters
+// it. The error is an *ObjectError.
 func (k *Kernel) LinuxCPU(ctx context.Context, vcpu int) (int, error) {
 	if vcpu < 0 || vcpu >= len(k.CPUs) {
 		return 0, fmt.Errorf("vCPU %d: the guest has %d", vcpu, len(k.CPUs))
 	}
-	cpus, err := k.PossibleCPUs(ctx)
+	offsets, err := k.cpuOffsets(ctx)
 	if err != nil {
 		return 0, err
 	}
+	return k.linuxCPU(vcpu, offsets)
+}
+
+func (k *Kernel) linuxCPU(vcpu int, offsets map[uint64]int) (int, error) {
 	state := &k.CPUs[vcpu]
-	for _, cpu := range cpus {
-		offset, err := k.cpuOffset(ctx, cpu)
-		if err != nil {
-			return 0, err
-		}
-		if offset != 0 && (state.GS.Base == offset || state.KernelGSBase == offset) {
+	for _, base := range []uint64{state.GS.Base, state.KernelGSBase} {
+		if cpu, ok := offsets[base]; ok {
 			return cpu, nil
 		}
 	}
 	return 0, &ObjectError{fmt.Sprintf("GS of vCPU %d", state.ID), state.GS.Base, fmt.Errorf("neither it nor %#x is a CPU's own data", state.KernelGSBase)}
+}
+
+// cpuOffsets are the CPUs that there can be by how far their own data lie away.
+func (k *Kernel) cpuOffsets(ctx context.Context) (map[uint64]int, error) {
+	cpus, err := k.PossibleCPUs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	offsets := map[uint64]int{}
+	for _, cpu := range cpus {
+		offset, err := k.cpuOffset(ctx, cpu)
+		if err != nil {
+			return nil, err
+		}
+		if _, ok := offsets[offset]; !ok && offset != 0 {
+			offsets[offset] = cpu
+		}
+	}
+	return offsets, nil
 }

@@ -31,8 +31,9 @@ func (k *Kernel) runQueues(ctx context.Context) ([]Queued, error) {
 	}
 	var all []Queued
 	var errs []error
+	left := maxTasks // of all queues together
 	for _, cpu := range cpus {
-		q := runQueue{Kernel: k, cpu: cpu, seen: map[uint64]bool{}}
+		q := runQueue{Kernel: k, cpu: cpu, seen: map[uint64]bool{}, left: &left}
 		errs = bounded(errs, q.walk(ctx))
 		for _, err := range q.errs {
 			errs = bounded(errs, err)
@@ -42,12 +43,24 @@ func (k *Kernel) runQueues(ctx context.Context) ([]Queued, error) {
 	return all, errors.Join(errs...)
 }
 
+// maxGroups bounds the groups of tasks of one CPU.
+const maxGroups = 1 << 14
+
 type runQueue struct {
 	*Kernel
 	cpu   int
 	found []Queued
 	seen  map[uint64]bool
 	errs  []error
+	left  *int
+}
+
+// counted lets f be called until the members of all queues are too many.
+func (q *runQueue) counted(f func(uint64) error) func(uint64) error {
+	return func(at uint64) error {
+		*q.left--
+		return f(at)
+	}
 }
 
 func (q *runQueue) note(err error) { q.errs = bounded(q.errs, err) }
@@ -128,7 +141,7 @@ func (q *runQueue) fairList(ctx context.Context, rq *Object) {
 		return
 	}
 	if f, ok := q.member(ctx, "se.group_node", "cfs list"); ok {
-		q.note(q.List(ctx, q.name("cfs_tasks"), head, maxTasks, f))
+		q.note(q.List(ctx, q.name("cfs_tasks"), head, *q.left, q.counted(f)))
 	}
 }
 
@@ -179,7 +192,7 @@ func (q *runQueue) fairTree(ctx context.Context, root uint64) {
 			switch {
 			case own == 0:
 				q.add(ctx, at-se, "cfs tree")
-			case seen[own] || this.depth >= maxDepth || len(seen) >= maxTasks:
+			case seen[own] || this.depth >= maxDepth || len(seen) >= maxGroups:
 				q.note(&ObjectError{q.name("cfs_rq"), own, ErrCycle})
 			default:
 				seen[own] = true
@@ -197,7 +210,7 @@ func (q *runQueue) fairTree(ctx context.Context, root uint64) {
 			q.note(err)
 			continue
 		}
-		q.note(q.Tree(ctx, q.name("tasks_timeline"), tree, maxTasks, func(at uint64) error { return visit(at - node) }))
+		q.note(q.Tree(ctx, q.name("tasks_timeline"), tree, *q.left, q.counted(func(at uint64) error { return visit(at - node) })))
 	}
 }
 
@@ -242,7 +255,7 @@ func (q *runQueue) realtime(ctx context.Context, rq *Object) {
 		const mostPriorities = 1024
 		for i := range min(queues.Count, mostPriorities) {
 			head := rt.Address + uint64(queues.Offset) + uint64(i)*uint64(queues.ElemSize)
-			q.note(q.List(ctx, q.name(fmt.Sprintf("rt queue %d", i)), head, maxTasks, func(node uint64) error {
+			q.note(q.List(ctx, q.name(fmt.Sprintf("rt queue %d", i)), head, *q.left, q.counted(func(node uint64) error {
 				at := node - link
 				if !grouped {
 					q.add(ctx, at-offset, "rt")
@@ -258,14 +271,14 @@ func (q *runQueue) realtime(ctx context.Context, rq *Object) {
 					q.note(err)
 				case own == 0:
 					q.add(ctx, at-offset, "rt")
-				case seen[own] || len(seen) >= maxTasks:
+				case seen[own] || len(seen) >= maxGroups:
 					q.note(&ObjectError{q.name("rt_rq"), own, ErrCycle})
 				default:
 					seen[own] = true
 					todo = append(todo, own)
 				}
 				return nil
-			}))
+			})))
 		}
 	}
 }
@@ -294,7 +307,7 @@ func (q *runQueue) deadline(ctx context.Context, rq *Object) {
 		return
 	}
 	servers := entity.Has("dl_server")
-	q.note(q.Tree(ctx, q.name("deadline tree"), tree, maxTasks, func(at uint64) error {
+	q.note(q.Tree(ctx, q.name("deadline tree"), tree, *q.left, q.counted(func(at uint64) error {
 		at -= node
 		if servers {
 			e, err := q.read(ctx, entity, at, "dl_server")
@@ -309,7 +322,7 @@ func (q *runQueue) deadline(ctx context.Context, rq *Object) {
 		}
 		q.add(ctx, at-offset, "deadline")
 		return nil
-	}))
+	})))
 }
 
 // ext: the tasks of an eBPF scheduler, since 6.12 where it is configured.
@@ -323,6 +336,6 @@ func (q *runQueue) ext(ctx context.Context, rq *Object) {
 		return
 	}
 	if f, ok := q.member(ctx, "scx.runnable_node", "ext"); ok {
-		q.note(q.List(ctx, q.name("scx runnable_list"), head, maxTasks, f))
+		q.note(q.List(ctx, q.name("scx runnable_list"), head, *q.left, q.counted(f)))
 	}
 }

@@ -37,10 +37,12 @@ type Task struct {
 // Leader says whether it is the thread that a process is named after.
 func (t *Task) Leader() bool { return t.leader }
 
-// Bounds of what a guest has: pids end at 4 Mi (PID_MAX_LIMIT).
+// Bounds of what a guest has. There may be as many threads as pids, but a list
+// of so many costs a gigabyte, and a hostile guest makes one for nothing.
 const (
-	maxTasks = 1 << 22
-	maxDepth = 64 // of task groups
+	maxTasks = 1 << 18
+	maxPID   = 1 << 22 // PID_MAX_LIMIT
+	maxDepth = 64      // of task groups
 )
 
 // Flags of a task (include/linux/sched.h). They have kept their values since
@@ -151,7 +153,7 @@ func (k *Kernel) Task(ctx context.Context, addr uint64) (Task, error) {
 func (k *Kernel) checkTask(t *Task) error {
 	var err error
 	switch {
-	case t.PID < 0 || t.PID > maxTasks || t.TGID < 0 || t.TGID > maxTasks:
+	case t.PID < 0 || t.PID > maxPID || t.TGID < 0 || t.TGID > maxPID:
 		err = fmt.Errorf("not a task: its pid is %d, of process %d", t.PID, t.TGID)
 	case t.leader != (t.PID == t.TGID):
 		err = fmt.Errorf("not a task: pid %d of process %d, and leader %t", t.PID, t.TGID, t.leader)
@@ -264,6 +266,7 @@ func (k *Kernel) tasks(ctx context.Context) ([]Task, error) {
 	var all []Task
 	var errs []error
 	seen := map[uint64]bool{first: true}
+	left := maxTasks // of all lists of threads together
 	add := func(at uint64) (Task, error) {
 		t, err := k.Task(ctx, at)
 		if err != nil {
@@ -281,7 +284,8 @@ func (k *Kernel) tasks(ctx context.Context) ([]Task, error) {
 		if err != nil {
 			return nil // noted; the rest of the list can be read
 		}
-		err = k.List(ctx, fmt.Sprintf("threads of pid %d", leader.PID), leader.signal+list, maxTasks, func(at uint64) error {
+		err = k.List(ctx, fmt.Sprintf("threads of pid %d", leader.PID), leader.signal+list, left, func(at uint64) error {
+			left--
 			if at-node == leader.Address {
 				return nil
 			}

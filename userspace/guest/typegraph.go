@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/cilium/ebpf/btf"
 )
@@ -108,43 +109,42 @@ func (g *typeGraph) kind(at int) (kind, vlen int) {
 
 // named finds the types with exactly the name.
 func (g *typeGraph) named(name string) []btf.TypeID {
-	at, ok := g.stringAt(name)
-	if !ok {
+	at := g.stringsAt(name)
+	if len(at) == 0 {
 		return nil
 	}
 	var ids []btf.TypeID
 	for i, offset := range g.offsets {
-		if binary.LittleEndian.Uint32(g.types[offset:]) == at {
+		if slices.Contains(at, binary.LittleEndian.Uint32(g.types[offset:])) {
 			ids = append(ids, g.first+btf.TypeID(i))
 		}
 	}
 	return ids
 }
 
-// stringAt finds a whole string in the table, or that of the base. BTF has each
-// string once.
-func (g *typeGraph) stringAt(name string) (uint32, bool) {
+// stringsAt finds a whole string in the table and in that of the base. Each
+// table has a string once.
+func (g *typeGraph) stringsAt(name string) []uint32 {
 	if name == "" {
-		return 0, true
+		return []uint32{0}
 	}
+	var found []uint32
 	start := 0
+	whole := append([]byte(name), 0)
 	if g.base != nil {
-		if at, ok := g.base.stringAt(name); ok {
-			return at, true
-		}
+		found = g.base.stringsAt(name)
 		for b := g.base; b != nil; b = b.base {
 			start += len(b.strings)
 		}
+		// The first byte of a module's strings begins one.
+		if bytes.HasPrefix(g.strings, whole) {
+			return append(found, uint32(start))
+		}
 	}
-	// The first byte of a module's strings begins one.
-	if whole := append([]byte(name), 0); bytes.HasPrefix(g.strings, whole) && g.base != nil {
-		return uint32(start), true
+	if i := bytes.Index(g.strings, append([]byte{0}, whole...)); i >= 0 {
+		found = append(found, uint32(start+i+1))
 	}
-	i := bytes.Index(g.strings, append(append([]byte{0}, name...), 0))
-	if i < 0 {
-		return 0, false
-	}
-	return uint32(start + i + 1), true
+	return found
 }
 
 // reference is the i-th type that the type at offset refers to, in the order

@@ -533,10 +533,12 @@ func (t *Types) fits(ctx context.Context, k *Kernel) error {
 	return nil
 }
 
-// Bounds of what is read as BTF: a distribution's kernel has 4 to 8 MiB, a
-// module a few kilobytes to 1 MiB.
+// Bounds of what is read as BTF, and of where it is looked for: a
+// distribution's kernel has 4 to 8 MiB, of 10 to 30 MiB of read-only data. Types
+// take more than ten times as much when they are decoded.
 const (
-	maxBTF    = 64 << 20
+	maxBTF    = 16 << 20
+	maxRodata = 64 << 20
 	minBTF    = 24
 	btfMagic  = 0xeb9f
 	btfHeader = 24
@@ -598,7 +600,7 @@ func (k *Kernel) types(ctx context.Context, raw []byte) (*Types, error) {
 // none.
 func (k *Kernel) searchTypes(ctx context.Context, tried Extent) *Types {
 	x := k.Rodata
-	if x.End <= x.Start || x.Size() > maxBTF {
+	if x.End <= x.Start || x.Size() > maxRodata {
 		return nil
 	}
 	raw := make([]byte, x.Size())
