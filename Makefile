@@ -202,6 +202,11 @@ bench: build fixture ## measure what monitoring costs; leaves results/overhead
 bench-capture: deps ## measure what one capture of a vCPU costs; leaves results/capture
 	go run ./bench/cmd/benchcapture
 
+.PHONY: snapshots
+snapshots: PACKAGES += xz-utils:/usr/bin/xz
+snapshots: fixture ## record anew the guests that unit tests read (golden files change with them: go test -update)
+	vm-fixtures/snapshots.sh $(abspath $(FIXTURE))
+
 .PHONY: install
 install: built $(if $(DKMS),dkms-install,module-install) ## install what "make" built: module, programs, completions, service
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(BIN)/kvmaccess

@@ -25,6 +25,7 @@ type Task struct {
 	EUID  uint32 `json:"euid"`
 	GID   uint32 `json:"gid"`
 	Start uint64 `json:"start"` // since boot, in hundredths of a second
+	Flags uint32 `json:"flags"` // PF_*
 }
 
 // tasks lists all threads there are; those that end meanwhile are left out.
@@ -69,6 +70,7 @@ func readTask(dir string) (t Task, err error) {
 	part := strings.Split(dir, "/")
 	t.TGID, t.TID = int(number(part[2], 31)), int(number(part[4], 31))
 	t.State, t.PPID, t.Start = f[0], int(number(f[1], 31)), number(f[19], 64)
+	t.Flags = uint32(number(f[6], 32))
 	t.Name = strings.TrimSuffix(texts[1], "\n")
 	for line := range strings.Lines(texts[2]) {
 		key, value, _ := strings.Cut(line, ":")

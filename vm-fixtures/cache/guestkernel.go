@@ -45,8 +45,9 @@ func guestSuite(name, kernel string, pockets ...string) Suite {
 		Packages: []string{"base-files", kernel, "busybox-static"},
 		Pockets:  pockets,
 		// What is older than the archive's last update has passed its date.
-		AptOptions:   []string{`Acquire::Check-Valid-Until "false"`},
-		GuestModules: slices.Concat(guestModules, []string{"loop", "dm_mod", "overlay", "fuse", "nf_tables"}),
+		AptOptions: []string{`Acquire::Check-Valid-Until "false"`},
+		// virtio_pci is for guests without KVM, which have a PC's timers.
+		GuestModules: slices.Concat(guestModules, []string{"virtio_pci", "loop", "dm_mod", "overlay", "fuse", "nf_tables"}),
 	}
 }
 

@@ -34,8 +34,11 @@ type Config struct {
 	Memory int    // MiB; default 256
 	Append string // to the kernel's command line
 	Kernel string // one of the payload's host.KernelDir; default: the suite's own
-	CPU    string // QEMU's model; default "host"
+	CPU    string // QEMU's model; default "host", or of an emulated guest "max"
 	Args   []string
+
+	Payload  string     // directory; default: the host's own
+	Emulator *host.QEMU // nil: the QEMU and KVM of the machine this runs on
 }
 
 // Guest is a running guest.
@@ -84,7 +87,10 @@ func Start(ctx context.Context, c Config) (*Guest, error) {
 // Launch starts a guest and returns as soon as its QEMU answers; with "-S" in
 // Config.Args no vCPU has run by then.
 func Launch(ctx context.Context, c Config) (_ *Guest, err error) {
-	payload := os.Getenv(host.Env)
+	payload := c.Payload
+	if payload == "" {
+		payload = os.Getenv(host.Env)
+	}
 	if payload == "" {
 		return nil, fmt.Errorf("%s is not set: this runs under 'vmfixture run'", host.Env)
 	}
@@ -93,7 +99,12 @@ func Launch(ctx context.Context, c Config) (_ *Guest, err error) {
 		return nil, err
 	}
 	g := &Guest{Name: c.Name, dir: dir, exit: make(chan struct{})}
-	g.cmd = exec.Command("qemu-system-x86_64", arguments(payload, dir, c)...)
+	args := arguments(payload, dir, c)
+	if c.Emulator != nil {
+		g.cmd = c.Emulator.Command(context.Background(), args...)
+	} else {
+		g.cmd = exec.Command("qemu-system-x86_64", args...)
+	}
 	g.cmd.Stdout, g.cmd.Stderr = &g.out, &g.out
 	// No guest outlives its owner.
 	g.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -165,9 +176,14 @@ var starts struct {
 
 func arguments(payload, dir string, c Config) []string {
 	name := "guest=" + c.Name + ",debug-threads=on"
-	cpu := c.CPU
-	if cpu == "" {
-		cpu = "host"
+	accel, cpu, bus := "kvm", "host", "device"
+	machine := "microvm,pic=on,pit=on,rtc=on,isa-serial=on"
+	if c.Emulator != nil {
+		// Without KVM's clock Linux needs a timer that a microvm lacks.
+		accel, cpu, bus, machine = "tcg", "max", "pci", "pc"
+	}
+	if c.CPU != "" {
+		cpu = c.CPU
 	}
 	memory := c.Memory
 	if memory == 0 {
@@ -182,14 +198,14 @@ func arguments(payload, dir string, c Config) []string {
 	line := "console=ttyS0 loglevel=4 panic=-1 cryptomgr.notests rdinit=" + agent.Init + " " + c.Append
 	args := []string{
 		"-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-accel", "kvm", "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.CPUs)), "-m", strconv.Itoa(memory),
-		"-machine", "microvm,pic=on,pit=on,rtc=on,isa-serial=on",
+		"-accel", accel, "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.CPUs)), "-m", strconv.Itoa(memory),
+		"-machine", machine,
 		"-kernel", filepath.Join(payload, kernel),
 		"-initrd", filepath.Join(payload, initrd),
 		"-append", strings.TrimSpace(line),
 		"-serial", "file:" + filepath.Join(dir, "console"),
 		"-qmp", "unix:" + filepath.Join(dir, "qmp") + ",server=on,wait=off",
-		"-device", "virtio-serial-device",
+		"-device", "virtio-serial-" + bus,
 		"-chardev", "socket,id=agent,server=on,wait=off,path=" + filepath.Join(dir, "agent"),
 		"-device", "virtserialport,chardev=agent,name=" + agent.Port,
 	}

@@ -158,15 +158,21 @@ func stage(ctx context.Context, dir string, root *cache.Root, c Config) error {
 		}
 	}
 	for _, name := range c.GuestKernels {
-		if err := stageKernel(ctx, filepath.Join(dir, KernelDir, name), name, me, c.Log); err != nil {
+		if err := StageKernel(ctx, dir, name, c.Log); err != nil {
 			return err
 		}
 	}
 	return guestInitramfs(filepath.Join(dir, GuestInitramfs), root, me, attacks)
 }
 
-// stageKernel puts a guest kernel of that name into dir.
-func stageKernel(ctx context.Context, dir, name, init string, log *slog.Logger) error {
+// StageKernel puts a guest kernel of that name, as cache.GuestKernelNamed has
+// it, into the payload that is made in dir.
+func StageKernel(ctx context.Context, dir, name string, log *slog.Logger) error {
+	me, err := self()
+	if err != nil {
+		return err
+	}
+	dir = filepath.Join(dir, KernelDir, name)
 	k, err := cache.GuestKernelNamed(name)
 	if err != nil {
 		return err
@@ -178,7 +184,7 @@ func stageKernel(ctx context.Context, dir, name, init string, log *slog.Logger) 
 	if err := CopyFile(filepath.Join(dir, filepath.Base(GuestKernel)), boot.Vmlinuz); err != nil {
 		return err
 	}
-	return initramfs(filepath.Join(dir, filepath.Base(GuestInitramfs)), boot.Initramfs, agent.Init, init, nil)
+	return initramfs(filepath.Join(dir, filepath.Base(GuestInitramfs)), boot.Initramfs, agent.Init, me, nil)
 }
 
 // guestInitramfs appends the init and the attacks to what the root has.

@@ -57,16 +57,39 @@ func (qemu) machine(ctx context.Context, dir string, root *cache.Root, c Config)
 		"-chardev", "file,id=host,path="+filepath.Join(dir, portName),
 		"-device", "virtserialport,chardev=host,name="+Port,
 	)
-	home, tree, err := openTree(ctx, qemuSuite, c.Log)
+	q, err := OpenQEMU(ctx, c.Log)
 	if err != nil {
 		return nil, err
 	}
-	args = slices.Concat([]string{"-L", filepath.Join(tree, "usr/share/qemu"), "-L", filepath.Join(tree, "usr/share/seabios")}, args)
-	args = program(tree, "usr/bin/qemu-system-x86_64", args...)
-	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-	cmd.Env = append(os.Environ(), "QEMU_MODULE_DIR="+filepath.Join(tree, libraries, "qemu"))
-	return &machine{cmd: cmd, held: home}, nil
+	return &machine{cmd: q.Command(ctx, args...), held: q}, nil
 }
+
+// QEMU is the one in the cache, which runs on any machine.
+type QEMU struct {
+	root *cache.Root
+	tree string
+}
+
+// OpenQEMU opens it, and makes it if it is not there.
+func OpenQEMU(ctx context.Context, log *slog.Logger) (*QEMU, error) {
+	root, tree, err := openTree(ctx, qemuSuite, log)
+	if err != nil {
+		return nil, err
+	}
+	return &QEMU{root, tree}, nil
+}
+
+// Command runs it with its own files.
+func (q *QEMU) Command(ctx context.Context, args ...string) *exec.Cmd {
+	args = slices.Concat([]string{"-L", filepath.Join(q.tree, "usr/share/qemu"), "-L", filepath.Join(q.tree, "usr/share/seabios")}, args)
+	args = program(q.tree, "usr/bin/qemu-system-x86_64", args...)
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), "QEMU_MODULE_DIR="+filepath.Join(q.tree, libraries, "qemu"))
+	return cmd
+}
+
+// Close lets others make it anew.
+func (q *QEMU) Close() error { return q.root.Close() }
 
 // QEMUVersion is what the QEMU that emulates hosts says it is.
 func QEMUVersion(ctx context.Context, log *slog.Logger) (string, error) {

@@ -55,7 +55,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	cmd.AddCommand(runCommand(), hereCommand(), rootCommand(), moduleCommand(), checkCommand())
+	cmd.AddCommand(runCommand(), hereCommand(), rootCommand(), moduleCommand(), checkCommand(), dumpCommand())
 	return cmd
 }
 
