@@ -146,12 +146,19 @@ func (l *location) findTables(ctx context.Context) (*kallsyms, *section, error) 
 	return nil, nil, fmt.Errorf("%w: %w", ErrNoTables, reason)
 }
 
+// Until a kernel has set up its own handlers, all exceptions go to entries of a
+// row of stubs (arch/x86/kernel/head_64.S), of 9 or 13 bytes each.
+const (
+	earlyHandlers     = "early_idt_handler_array"
+	mostEarlyHandlers = 32 * 13
+)
+
 // fits says why a symbol table is not that of the image: by it the image's
 // bounds are not where page tables have them, or exceptions' handlers are
 // nothing that it knows.
 func (l *location) fits(k *kallsyms) error {
-	at := k.find("_text", "_stext", "_etext")
-	text, stext, etext := at[0], at[1], at[2]
+	at := k.find("_text", "_stext", "_etext", earlyHandlers)
+	text, stext, etext, early := at[0], at[1], at[2], at[3]
 	switch {
 	case stext == 0 || etext <= stext:
 		return fmt.Errorf("_stext is %#x and _etext %#x", stext, etext)
@@ -165,7 +172,7 @@ func (l *location) fits(k *kallsyms) error {
 	}
 	known := 0
 	for _, h := range l.handlers {
-		if k.has(h) {
+		if k.has(h) || early != 0 && h-early < mostEarlyHandlers {
 			known++
 		}
 	}
@@ -219,7 +226,8 @@ func (k *Kernel) named() bool {
 	for _, g := range k.found.gates {
 		if names := Handlers(g.Vector); len(names) > 0 && k.found.extent.Contains(g.Handler) {
 			of++
-			if k.Image.Is(g.Handler, names...) || k.Image.Is(g.Handler, "early_idt_handler_array") {
+			early, ok := k.Image.Lookup(earlyHandlers)
+			if k.Image.Is(g.Handler, names...) || ok && g.Handler-early < mostEarlyHandlers {
 				good++
 			}
 		}
