@@ -615,7 +615,7 @@ func TestChangesAreExplained(t *testing.T) {
 
 // another says whether the byte now is what another table allows.
 func another(set *PatchSet, addr uint64, now *TextCopy) bool {
-	p := set.explain(now.Address, now.Data, addr)
+	p := set.Explain(now, addr)
 	return p != nil && len(p.Want) > 1
 }
 

@@ -110,16 +110,16 @@ func (s *PatchSet) at(addr uint64) []Patch {
 	return s.patches[low:high]
 }
 
-// explain finds the patch that is of a byte, and as it must be: now is code
-// that begins at base.
-func (s *PatchSet) explain(base uint64, now []byte, addr uint64) *Patch {
+// Explain finds the patch that a byte of code is of, if what is there now is
+// what must be; nil: there is none.
+func (s *PatchSet) Explain(now *TextCopy, addr uint64) *Patch {
 	candidates := s.at(addr)
 	for i := range candidates {
 		p := &candidates[i]
-		if p.Address < base {
+		if p.Address < now.Address || p.Address-now.Address >= uint64(len(now.Data)) {
 			continue // it begins before the code that is at hand
 		}
-		code := now[p.Address-base:]
+		code := now.Data[p.Address-now.Address:]
 		if n, ok := p.fits(code); ok && addr-p.Address < uint64(n) && p.mayChange(code, addr-p.Address) {
 			return p
 		}
@@ -148,6 +148,12 @@ func (c TextChange) String() string {
 // bytes that differ is explained by one place of the set, where what is there
 // now is what must be, or by none.
 func (s *PatchSet) Changes(before, now *TextCopy) ([]TextChange, error) {
+	return Compare(before, now, func(addr uint64) *Patch { return s.Explain(now, addr) })
+}
+
+// Compare compares two copies of code byte for byte. explain is asked for each
+// byte that differs, by ascending address.
+func Compare(before, now *TextCopy, explain func(addr uint64) *Patch) ([]TextChange, error) {
 	if before.Address != now.Address || len(before.Data) != len(now.Data) {
 		return nil, fmt.Errorf("code at %#x of %d bytes cannot be compared with that at %#x of %d",
 			now.Address, len(now.Data), before.Address, len(before.Data))
@@ -155,7 +161,7 @@ func (s *PatchSet) Changes(before, now *TextCopy) ([]TextChange, error) {
 	var changes []TextChange
 	eachDifference(before.Data, now.Data, func(i int) {
 		addr := now.Address + uint64(i)
-		why := s.explain(now.Address, now.Data, addr)
+		why := explain(addr)
 		if n := len(changes); n > 0 {
 			last := &changes[n-1]
 			if last.Address+uint64(len(last.New)) == addr && last.Why == why {
