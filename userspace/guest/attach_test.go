@@ -372,8 +372,11 @@ func TestAttachErrors(t *testing.T) {
 			s.Pages[0x3000] = new([4096]byte)
 			return s
 		}, Err32Bit},
-		{"handlers elsewhere", func() Source {
+		{"handlers and mappings elsewhere", func() Source {
 			s := base()
+			for _, root := range []uint64{s.CPUs[0].CR3 &^ 0xfff, s.CPUs[0].CR3 &^ 0x1fff} {
+				s.write(t, root+511*8, make([]byte, 8))
+			}
 			var table [4096]byte
 			for i := range 256 {
 				binary.LittleEndian.PutUint64(table[16*i:], 0x8e00<<32|0x10<<16)
@@ -479,6 +482,22 @@ func TestOneHook(t *testing.T) {
 		s.write(t, tr.GPA+16*vector, []byte{0, 0x10, 0x10, 0, 0, 0x8e, 0x10, 0xc0, 0xff, 0xff, 0xff, 0xff})
 	}
 	equalsGuest(t, s, mustAttach(t, s))
+}
+
+// TestAllHooked replaces all handlers: what page tables map is Linux still.
+func TestAllHooked(t *testing.T) {
+	for _, name := range attachable {
+		s := attachSnapshot(t, name)
+		cpu := &s.CPUs[0]
+		tr, err := Translate(context.Background(), s, ModeOf(&cpu.Registers), cpu.CR3, cpu.IDTR.Base)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for vector := range uint64(256) {
+			s.write(t, tr.GPA+16*vector, []byte{0, 0x10, 0x10, 0, 0, 0x8e, 0x10, 0xc0, 0xff, 0xff, 0xff, 0xff})
+		}
+		equalsGuest(t, s, mustAttach(t, s))
+	}
 }
 
 func TestSeal(t *testing.T) {

@@ -185,11 +185,13 @@ func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*locatio
 			handlers = append(handlers, g.Handler)
 		}
 	}
-	switch {
-	case len(gates) < fewestGates:
+	if len(gates) < fewestGates {
 		return not(ErrNotBooted, "has gates for %d exceptions only", len(gates))
-	case 2*len(handlers) <= len(gates):
-		return not(ErrNotLinux, "has %d of %d exceptions' handlers outside %#x-%#x, where Linux has its kernel", len(gates)-len(handlers), len(gates), uint64(imageStart), uint64(imageEnd))
+	}
+	elsewhere := len(gates) - len(handlers)
+	if elsewhere >= len(handlers) {
+		// Another system's, or all hooked: the page tables tell which.
+		handlers = nil
 	}
 	root := mode.RootOf(v.CR3)
 	roots := []uint64{root}
@@ -199,7 +201,11 @@ func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*locatio
 	var found []*location
 	var reason error
 	for _, root := range roots {
-		l, err := imageBy(ctx, &Space{Memory: mem, Mode: mode, Root: root}, handlers)
+		space := &Space{Memory: mem, Mode: mode, Root: root}
+		l, err := imageBy(ctx, space, handlers)
+		if err != nil && handlers != nil {
+			l, err = imageBy(ctx, space, nil) // they are a module's
+		}
 		if err != nil {
 			reason = errors.Join(reason, fmt.Errorf("page tables at %#x: %w", root, err))
 			continue
@@ -208,7 +214,7 @@ func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*locatio
 		found = append(found, l)
 	}
 	if len(found) == 0 {
-		return not(ErrNotLinux, "has exceptions' handlers where Linux has them, but no kernel image: %w", reason)
+		return not(ErrNotLinux, "has %d of %d exceptions' handlers outside %#x-%#x, where Linux has its kernel, and no kernel there: %w", elsewhere, len(gates), uint64(imageStart), uint64(imageEnd), reason)
 	}
 	// Of isolated page tables the user's map next to nothing of the kernel.
 	slices.SortStableFunc(found, func(a, b *location) int { return cmp.Compare(b.extent.Size(), a.extent.Size()) })

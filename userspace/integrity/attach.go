@@ -55,7 +55,9 @@ func (m *Monitor) attach(ctx context.Context) error {
 	} else {
 		m.findImage(gates)
 	}
-	if g.Image != nil && !m.fixRoot(ctx, handler) {
+	if g.Kernel != nil {
+		m.takeRoot()
+	} else if g.Image != nil && !m.fixRoot(ctx, handler) {
 		if table, ok := g.Image.Lookup(tableSyscalls); ok {
 			if root, err := m.kernelRoot(ctx, table); err == nil {
 				m.root = root
@@ -66,7 +68,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 		m.problem("%v (the gates of the IDT fit, the system call table does not)", guest.ErrSymbolsMismatch)
 		g.Image, m.rootFixed = nil, false
 	}
-	if !m.rootFixed {
+	if !m.rootFixed && g.Kernel == nil {
 		probe := m.leader.state.GS.Base
 		if m.leader.state.CPL == 3 {
 			probe = m.leader.state.KernelGSBase

@@ -72,6 +72,17 @@ func (m *Monitor) withoutSymbols(err error) {
 	m.problem("no symbols: %v; handlers are compared with the kernel's text, not with names, and system call tables are not checked", err)
 }
 
+// takeRoot takes over the page tables that the kernel was found by: its own,
+// or, if these are in doubt, the kernel's half of a process' ones.
+func (m *Monitor) takeRoot() {
+	k := m.g.Kernel
+	m.root = k.Space.Root
+	m.rootFixed = !slices.ContainsFunc(k.Doubts, func(d guest.Doubt) bool { return d.Object == guest.DoubtTables })
+	if !m.rootFixed {
+		m.isolated = m.isolated || m.root != m.g.Mode.RootOf(m.leader.state.CR3)
+	}
+}
+
 // takeKernel reads of the kernel what boot has brought.
 func (m *Monitor) takeKernel(ctx context.Context) {
 	k := m.g.Kernel

@@ -88,6 +88,24 @@ func TestWithoutFile(t *testing.T) {
 	w.quiet(m)
 }
 
+// TestAllGatesHookedWithoutFile attaches to a guest of which no gate is its kernel's.
+func TestAllGatesHookedWithoutFile(t *testing.T) {
+	w := speaking(made(t, true, 0x1000000, 1))
+	idt := w.CPUs[0].IDTR.Base
+	for vector := range uint64(256) {
+		w.put(idt+16*vector, 0xc0108e0000101000+vector*8)
+	}
+	m := w.monitor(Options{Settle: -1})
+	found := w.tick(m)
+	w.watching(m)
+	if s := m.Status(); s.Kernel == nil || s.Symbols == 0 {
+		t.Fatalf("%+v", s)
+	}
+	if len(found) < 200 || slices.ContainsFunc(found, func(f Finding) bool { return f.Check != checkIDT }) {
+		t.Errorf("%d findings: %q", len(found), texts(found)[:min(len(found), 3)])
+	}
+}
+
 // TestOverwritten has the guest overwrite its symbol table: found at the latest
 // when each piece of it was looked at, and when it is put right.
 func TestOverwritten(t *testing.T) {
