@@ -52,6 +52,11 @@ func TestCLI(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	osrelease, err := web.Read(ctx, "/proc/sys/kernel/osrelease")
+	if err != nil {
+		t.Fatal(err)
+	}
+	release := strings.TrimSpace(string(osrelease))
 	none := filepath.Join(t.TempDir(), "no socket")
 	for _, tt := range []struct {
 		args []string
@@ -67,6 +72,12 @@ func TestCLI(t *testing.T) {
 		{args: []string{"check", "web1"}, want: []string{"web1: no findings"}},
 		{args: []string{"idt", "web1", "-s", symbols}, want: []string{"asm_exc_page_fault"}},
 		{args: []string{"syscalls", "web1", "-s", symbols}, want: []string{"__x64_sys_getdents64"}},
+		{args: []string{"guest", "web1"}, want: []string{release, strings.TrimSpace(string(version.Data)), "process_vm_readv"}},
+		{args: []string{"ps", "web1"}, want: []string{"agent", "[kthreadd]"}},
+		{args: []string{"modules", "web1"}, want: []string{"virtio_console"}},
+		{args: []string{"symbols", "web1", "sys_call_table"}, want: []string{fmt.Sprintf("%016x", symbol(t, web, "sys_call_table"))}},
+		{args: []string{"symbols", "web1", fmt.Sprintf("%#x", symbol(t, web, "sys_call_table")+8)}, want: []string{"sys_call_table+0x8"}},
+		{args: []string{"types", "web1", "list_head"}, want: []string{"struct list_head {", "struct list_head *prev;"}},
 		{args: []string{"check", "-s", symbols}, want: []string{"web1", "db1"}},
 		{args: []string{"stats", "--socket", none}, want: []string{"vcpu_get"}},
 		{args: []string{"version"}, want: []string{"0.1"}},
