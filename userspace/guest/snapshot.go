@@ -42,9 +42,10 @@ func (s *Snapshot) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error
 // Regions implements Regions.
 func (s *Snapshot) Regions(ctx context.Context) ([]Region, error) { return s.Pages.Regions(ctx) }
 
-// A snapshot file is, compressed by gzip or xz: the magic line, a little-endian u32
-// with the length of the header, the header in JSON, then the pages by
-// ascending address, each as a little-endian u64 address and 4096 bytes.
+// A snapshot file is, compressed by gzip, by xz or not at all: the magic line,
+// a little-endian u32 with the length of the header, the header in JSON, then
+// the pages by ascending address, each as a little-endian u64 address and 4096
+// bytes.
 const (
 	snapshotMagic   = "KvmAccess snapshot 1\n"
 	maxHeader       = 16 << 20
@@ -67,8 +68,8 @@ func (s *Snapshot) Write(w io.Writer) error {
 	return z.Close()
 }
 
-// Encode writes the snapshot without compressing it; a file of it is complete
-// once gzip(1) or xz(1) have.
+// Encode writes the snapshot without compressing it, which gzip(1) or xz(1)
+// may do.
 func (s *Snapshot) Encode(z io.Writer) error {
 	head, err := json.Marshal(snapshotHeader{s.VM, s.CPUs, len(s.Pages), s.Notes})
 	if err != nil {
@@ -94,15 +95,18 @@ func (s *Snapshot) Encode(z io.Writer) error {
 // xzMagic begins a file that xz compressed.
 const xzMagic = "\xfd7zXZ\x00"
 
-// ReadSnapshot reads what Write wrote. The error says what is wrong with the
+// ReadSnapshot reads what Write or Encode wrote. The error says what is wrong with the
 // file: it is none, of another version, or cut off.
 func ReadSnapshot(r io.Reader) (*Snapshot, error) {
 	packed := bufio.NewReader(r)
 	var z io.Reader
 	magic, err := packed.Peek(len(xzMagic))
-	if err == nil && string(magic) == xzMagic {
+	switch {
+	case err == nil && string(magic) == xzMagic:
 		z, err = xz.NewReader(packed)
-	} else {
+	case err == nil && snapshotMagic[:len(xzMagic)] == string(magic):
+		z = packed
+	default:
 		z, err = gzip.NewReader(packed)
 	}
 	if err != nil {

@@ -62,11 +62,12 @@ type app struct {
 	symbols string // file
 	socket  string // of the daemon
 
-	found bool // check had findings
+	found bool         // check had findings
+	cache *guest.Cache // of what was decoded of guests' kernels
 }
 
 func newApp(out, err io.Writer) *app {
-	return &app{out: out, err: err, open: openModule, identify: kvmaccess.Identify}
+	return &app{out: out, err: err, open: openModule, identify: kvmaccess.Identify, cache: &guest.Cache{}}
 }
 
 // run executes a command line and returns the exit code.
@@ -93,7 +94,9 @@ func (a *app) run(ctx context.Context, args []string) int {
 func explain(err error) string {
 	// The program is called as the package that most errors come from.
 	text := strings.ReplaceAll(err.Error(), "kvmaccess: ", "")
+	var kernel *kernelError
 	switch {
+	case errors.As(err, &kernel): // the addresses are not the user's
 	case errors.Is(err, kvmaccess.ErrNoModule):
 	case errors.Is(err, kvmaccess.ErrPermission):
 		return text + "\nrun it as root"

@@ -45,7 +45,7 @@ Exit status: 0 without findings, 2 with findings, 1 when a guest could not be
 checked.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			ctx := cmd.Context()
-			opts := integrity.Options{MaxFindings: everything}
+			opts := integrity.Options{MaxFindings: everything, Cache: a.cache}
 			var err error
 			if opts.Symbols, err = a.readSymbols(); err != nil {
 				return err
@@ -151,7 +151,7 @@ func checkDump(ctx context.Context, file string, opts integrity.Options) (checke
 	opts.Memory, opts.Settle = d, -1
 	note := ""
 	if len(cpus) == 0 {
-		k, err := guest.Attach(ctx, d, guest.AttachOptions{})
+		k, err := guest.Attach(ctx, d, guest.AttachOptions{Cache: opts.Cache})
 		if err == nil {
 			cpus, err = k.ImpliedVCPUs(ctx)
 		}

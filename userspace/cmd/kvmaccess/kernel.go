@@ -39,31 +39,44 @@ func (a *app) image(ctx context.Context, src source, v vm, opts guest.AttachOpti
 	case symbols != nil:
 		return a.fileImage(ctx, src, v, symbols)
 	}
+	opts.Cache = a.cache
 	k, err := guest.Attach(ctx, live{src.Memory(v.VM), src, v.ID}, opts)
 	switch {
-	case errors.Is(err, kvmaccess.ErrNoVM), errors.Is(err, kvmaccess.ErrDying), errors.Is(err, kvmaccess.ErrProtected), ctx.Err() != nil:
+	case gone(err):
 		return nil, err
 	case err != nil:
-		return nil, &noSymbolsError{v, err}
+		return nil, &kernelError{v.String(), "no symbols in its memory", err}
 	}
 	return k.Image, nil
 }
 
-// noSymbolsError says why a guest's memory has no symbols.
-type noSymbolsError struct {
-	vm  vm
-	err error
+// kernelError says why something is not found in the kernel of a guest.
+type kernelError struct {
+	guest string
+	what  string // is not found
+	err   error
 }
 
-// Error does not let explain give the advice that the reason alone would get.
-func (e *noSymbolsError) Error() string {
-	return fmt.Sprintf("%s: no symbols in its memory: %v", e.vm, e.err)
+func (e *kernelError) Error() string {
+	if e.what == "" {
+		return fmt.Sprintf("%s: %v", e.guest, e.err)
+	}
+	return fmt.Sprintf("%s: %s: %v", e.guest, e.what, e.err)
+}
+
+// Unwrap returns the reason.
+func (e *kernelError) Unwrap() error { return e.err }
+
+// gone says that it is not the kernel's fault.
+func gone(err error) bool {
+	return errors.Is(err, kvmaccess.ErrNoVM) || errors.Is(err, kvmaccess.ErrDying) || errors.Is(err, kvmaccess.ErrNoModule) ||
+		errors.Is(err, kvmaccess.ErrPermission) || errors.Is(err, kvmaccess.ErrProtected) || errors.Is(err, context.Canceled)
 }
 
 // names is the image for what can do without: nil where nothing tells it.
 func (a *app) names(ctx context.Context, src source, v vm) (*guest.Image, error) {
 	image, err := a.image(ctx, src, v, guest.AttachOptions{NoTypes: true, Early: true})
-	var none *noSymbolsError
+	var none *kernelError
 	if errors.As(err, &none) {
 		fmt.Fprintf(a.err, "note: %s\n", printable(explain(err)))
 		return nil, nil

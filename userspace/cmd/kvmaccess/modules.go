@@ -21,14 +21,14 @@ as lsmod in the guest does.`,
 	}, guest.AttachOptions{}, func(ctx context.Context, t *target, k *guest.Kernel, _ []string) error {
 		modules, failed := k.Modules(ctx)
 		if failed != nil && len(modules) == 0 {
-			return fmt.Errorf("%s: %w", t, failed)
+			return &kernelError{t.String(), "", failed}
 		}
 		a.doubts(k)
 		if err := a.printModules(modules); err != nil {
 			return err
 		}
 		if failed != nil {
-			return fmt.Errorf("%s: the list of modules goes on, but: %w", t, failed)
+			return &kernelError{t.String(), "the list of modules goes on, but", failed}
 		}
 		return nil
 	})

@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"time"
 
@@ -24,7 +23,7 @@ threads; START is UTC, or since the guest's boot where that is not known.`,
 	}, guest.AttachOptions{}, func(ctx context.Context, t *target, k *guest.Kernel, _ []string) error {
 		tasks, failed := k.Tasks(ctx)
 		if failed != nil && len(tasks) == 0 {
-			return fmt.Errorf("%s: %w", t, failed)
+			return &kernelError{t.String(), "", failed}
 		}
 		if !threads {
 			tasks = slices.DeleteFunc(tasks, func(task guest.Task) bool { return !task.Leader() })
@@ -35,7 +34,7 @@ threads; START is UTC, or since the guest's boot where that is not known.`,
 			return err
 		}
 		if failed != nil {
-			return fmt.Errorf("%s: the list of tasks goes on, but: %w", t, failed)
+			return &kernelError{t.String(), "the list of tasks goes on, but", failed}
 		}
 		return nil
 	})

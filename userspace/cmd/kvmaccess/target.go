@@ -134,10 +134,14 @@ func (a *app) ofKernel(cmd *cobra.Command, opts guest.AttachOptions, f func(ctx 
 			vm, args = args[0], args[1:]
 		}
 		ctx := cmd.Context()
+		opts.Cache = a.cache
 		return a.withTarget(ctx, file, vm, func(t *target) error {
 			k, err := attach(ctx, t, opts, wait)
-			if err != nil {
-				return fmt.Errorf("%s: %w", t, err)
+			switch {
+			case gone(err):
+				return err
+			case err != nil:
+				return &kernelError{t.String(), "", err}
 			}
 			return f(ctx, t, k, args)
 		})

@@ -92,8 +92,8 @@ func New(r io.ReaderAt, size int64) (*Dump, error) {
 		err = d.readELF(size)
 	case isLiME(head):
 		err = d.readLiME(size)
-	case isPacked(head):
-		err = d.readSnapshot(size)
+	case isSnapshot(head):
+		err = d.readSnapshot(head, size)
 	default:
 		if err = unsupported(head); err == nil {
 			err = d.readRaw(size)
