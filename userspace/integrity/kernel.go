@@ -44,6 +44,10 @@ func (m *Monitor) findKernel(ctx context.Context) (bool, error) {
 	if m.kernel == nil {
 		m.kernel, err = guest.Attach(ctx, src, guest.AttachOptions{Early: true, Cache: m.opts.Cache})
 		m.fresh, m.refreshed = true, m.now()
+		if err == nil && m.tablesMoved(ctx) {
+			m.wait("the guest set up other tables while its kernel was looked for: it still boots")
+			return false, nil
+		}
 	}
 	switch {
 	case err == nil:
@@ -62,6 +66,24 @@ func (m *Monitor) findKernel(ctx context.Context) (bool, error) {
 		return false, m.unreadable("the kernel", err)
 	}
 	return true, nil
+}
+
+// tablesMoved says whether a vCPU has other tables, or ways into the kernel, than
+// a moment ago: to find a kernel takes a while, in which one that boots goes on.
+func (m *Monitor) tablesMoved(ctx context.Context) bool {
+	states, err := m.src.VCPUs(ctx, m.vm.ID)
+	if err != nil {
+		return false // the next reading tells
+	}
+	for i := range states {
+		w := watch(&states[i])
+		for _, c := range m.cpus {
+			if c.ready && c.state.ID == states[i].ID && w != c.watch && states[i].Flags&(kvmaccess.VCPUNested|kvmaccess.VCPUSMM) == 0 {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func isAny(err error, targets ...error) bool {
