@@ -35,7 +35,7 @@ attach debian12 6.1 --cpu max
 attach debian13 6.12 --append pti=on --user
 attach sid 7.2 --append pti=on --user
 
-# One CPU, and four.
+# One CPU, and four; 5-level paging; all CPUs in user mode.
 objects() {
 	dump "$@"
 	go run ./$data/objects -dump "$tmp/$1/mem" -ps "$tmp/$1/ps" -ps-after "$tmp/$1/ps-after" -modules "$tmp/$1/modules" \
@@ -44,8 +44,8 @@ objects() {
 }
 objects debian11 5.10
 objects debian12 6.1 --smp 4
-objects debian13 6.12
-objects sid 7.2 --smp 4
+objects debian13 6.12 --cpu max
+objects sid 7.2 --smp 4 --append pti=on --user
 
 dump debian12 6.1 --append pti=on --user
 go run ./$data/whole -dump "$tmp/debian12/mem" -truth "$tmp/debian12" \
