@@ -198,7 +198,7 @@ func (k *Kernel) returnThunks(ctx context.Context) ([]uint64, error) {
 	if err != nil {
 		return thunks, &ObjectError{"x86_return_thunk", variable, err}
 	}
-	if !k.Text.Contains(thunk) {
+	if !k.Image.Text().Contains(thunk) {
 		return thunks, &ObjectError{"x86_return_thunk", variable, fmt.Errorf("%#x is not in the kernel's text", thunk)}
 	}
 	if len(thunks) == 0 || thunks[0] != thunk {

@@ -19,7 +19,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"encoding/json"
 	"errors"
@@ -31,10 +30,9 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/cilium/ebpf/btf"
-
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/testdata/prune"
 )
 
 func main() {
@@ -72,14 +70,14 @@ func run(dir, note, out string) error {
 	if k.Types == nil {
 		return k.TypesErr
 	}
-	small, err := prune(k.Types.Raw())
+	small, err := prune.BTF(k.Types.Raw(), strings.Fields(kept), "FTRACE_")
 	if err != nil {
 		return fmt.Errorf("cut down BTF: %w", err)
 	}
 	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
 		return err
 	}
-	if err := pack(out+".btf.gz", small); err != nil {
+	if err := prune.Pack(out+".btf.gz", small); err != nil {
 		return err
 	}
 	bases, err := json.Marshal(k.Bases)
@@ -128,7 +126,7 @@ func run(dir, note, out string) error {
 		}
 	}
 	names := notes["kprobes_list"] + "\n" + notes["tracing_enabled_functions"]
-	return pack(out+".kallsyms.gz", symbols(k, changed, names))
+	return prune.Pack(out+".kallsyms.gz", symbols(k, changed, names))
 }
 
 // generated keeps of /proc/kallsyms what is of generated code.
@@ -228,104 +226,8 @@ func symbols(k *guest.Kernel, changed []uint64, text string) []byte {
 	return out.Bytes()
 }
 
-func pack(name string, data []byte) error {
-	var out bytes.Buffer
-	z, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
-	if err != nil {
-		return err
-	}
-	if _, err := z.Write(data); err != nil {
-		return err
-	}
-	if err := z.Close(); err != nil {
-		return err
-	}
-	return os.WriteFile(name, out.Bytes(), 0o644)
-}
-
 // kept are the types that code reads, by the kernels that have them.
 const kept = `list_head ftrace_ops ftrace_ops_hash ftrace_hash ftrace_func_entry ftrace_page dyn_ftrace
 	kprobe kretprobe optimized_kprobe kprobe_insn_cache kprobe_insn_page jump_entry static_key
 	static_call_site static_call_key module idr xarray xa_node bpf_prog bpf_prog_aux bpf_ksym bpf_trampoline
 	bpf_tramp_image bpf_tramp_node bpf_tramp_link bpf_link bpf_dispatcher mm_struct`
-
-// prune cuts BTF down to what is kept, what that holds, and enums of ftrace.
-func prune(raw []byte) ([]byte, error) {
-	spec, err := btf.LoadSpecFromReader(bytes.NewReader(raw))
-	if err != nil {
-		return nil, err
-	}
-	p := pruner{seen: map[btf.Type]bool{}, fwd: map[string]*btf.Fwd{}}
-	var types []btf.Type
-	for _, name := range strings.Fields(kept) {
-		all, err := spec.AnyTypesByName(name)
-		if err != nil {
-			continue
-		}
-		for _, typ := range all {
-			if _, ok := typ.(*btf.Struct); ok {
-				p.cut(typ)
-				types = append(types, typ)
-			}
-		}
-	}
-	for typ, err := range spec.All() {
-		if err != nil {
-			return nil, err
-		}
-		if e, ok := typ.(*btf.Enum); ok && e.Name == "" && len(e.Values) > 0 && strings.HasPrefix(e.Values[0].Name, "FTRACE_") {
-			types = append(types, e)
-		}
-	}
-	b, err := btf.NewBuilder(types, nil)
-	if err != nil {
-		return nil, err
-	}
-	return b.Marshal(nil, nil)
-}
-
-type pruner struct {
-	seen map[btf.Type]bool
-	fwd  map[string]*btf.Fwd
-}
-
-// cut lets pointers lead to a name only.
-func (p *pruner) cut(typ btf.Type) {
-	if typ == nil || p.seen[typ] {
-		return
-	}
-	p.seen[typ] = true
-	switch v := typ.(type) {
-	case *btf.Struct:
-		for i := range v.Members {
-			p.cut(v.Members[i].Type)
-		}
-	case *btf.Union:
-		for i := range v.Members {
-			p.cut(v.Members[i].Type)
-		}
-	case *btf.Array:
-		p.cut(v.Type)
-		p.cut(v.Index)
-	case *btf.Typedef:
-		p.cut(v.Type)
-	case *btf.Const:
-		p.cut(v.Type)
-	case *btf.Volatile:
-		p.cut(v.Type)
-	case *btf.Restrict:
-		p.cut(v.Type)
-	case *btf.TypeTag:
-		p.cut(v.Type)
-	case *btf.Pointer:
-		s, ok := btf.As[*btf.Struct](v.Target)
-		if !ok || s.Name == "" {
-			v.Target = (*btf.Void)(nil)
-			return
-		}
-		if p.fwd[s.Name] == nil {
-			p.fwd[s.Name] = &btf.Fwd{Name: s.Name, Kind: btf.FwdStruct}
-		}
-		v.Target = p.fwd[s.Name]
-	}
-}

@@ -18,7 +18,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"flag"
 	"fmt"
@@ -27,10 +26,9 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/cilium/ebpf/btf"
-
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/testdata/prune"
 )
 
 func main() {
@@ -65,14 +63,14 @@ func run(name string, proc map[string]string, note, out string) error {
 	if k.Types == nil {
 		return k.TypesErr
 	}
-	small, err := prune(k.Types.Raw())
+	small, err := prune.BTF(k.Types.Raw(), strings.Fields(kept))
 	if err != nil {
 		return fmt.Errorf("cut down BTF: %w", err)
 	}
 	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
 		return err
 	}
-	if err := pack(out+".btf.gz", small); err != nil {
+	if err := prune.Pack(out+".btf.gz", small); err != nil {
 		return err
 	}
 	s := &guest.Snapshot{CPUs: k.CPUs, Notes: map[string]string{
@@ -101,7 +99,7 @@ func run(name string, proc map[string]string, note, out string) error {
 	if err := file.Close(); err != nil {
 		return err
 	}
-	return pack(out+".kallsyms.gz", symbols(k.Image))
+	return prune.Pack(out+".kallsyms.gz", symbols(k.Image))
 }
 
 // look reads all that tests read.
@@ -156,98 +154,9 @@ func symbols(m *guest.Image) []byte {
 	return out.Bytes()
 }
 
-func pack(name string, data []byte) error {
-	var out bytes.Buffer
-	z, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
-	if err != nil {
-		return err
-	}
-	if _, err := z.Write(data); err != nil {
-		return err
-	}
-	if err := z.Close(); err != nil {
-		return err
-	}
-	return os.WriteFile(name, out.Bytes(), 0o644)
-}
-
 // kept are the types that code reads, by the kernels that have them.
 const kept = `task_struct signal_struct cred kthread worker workqueue_struct pid upid pid_namespace idr xarray xa_node
 	pid_type rq cfs_rq rt_rq dl_rq sched_entity sched_rt_entity sched_dl_entity cpumask
 	module module_state module_use module_kobject module_layout module_memory mod_mem_type mod_tree_root mod_tree_node
 	latch_tree_node kset kobject list_head mm_struct gdt_page tss_struct x86_hw_tss cpu_entry_area cea_exception_stacks
 	desc_struct btf btf_module kernel_cap_t spinlock_t`
-
-// prune cuts BTF down to what is kept and what that holds.
-func prune(raw []byte) ([]byte, error) {
-	spec, err := btf.LoadSpecFromReader(bytes.NewReader(raw))
-	if err != nil {
-		return nil, err
-	}
-	p := pruner{seen: map[btf.Type]bool{}, fwd: map[string]*btf.Fwd{}}
-	var types []btf.Type
-	for _, name := range strings.Fields(kept) {
-		all, err := spec.AnyTypesByName(name)
-		if err != nil {
-			continue
-		}
-		for _, typ := range all {
-			switch typ.(type) {
-			case *btf.Struct, *btf.Union, *btf.Enum, *btf.Typedef:
-				p.cut(typ)
-				types = append(types, typ)
-			}
-		}
-	}
-	b, err := btf.NewBuilder(types, nil)
-	if err != nil {
-		return nil, err
-	}
-	return b.Marshal(nil, nil)
-}
-
-type pruner struct {
-	seen map[btf.Type]bool
-	fwd  map[string]*btf.Fwd
-}
-
-// cut lets pointers lead to a name only.
-func (p *pruner) cut(typ btf.Type) {
-	if typ == nil || p.seen[typ] {
-		return
-	}
-	p.seen[typ] = true
-	switch v := typ.(type) {
-	case *btf.Struct:
-		for i := range v.Members {
-			p.cut(v.Members[i].Type)
-		}
-	case *btf.Union:
-		for i := range v.Members {
-			p.cut(v.Members[i].Type)
-		}
-	case *btf.Array:
-		p.cut(v.Type)
-		p.cut(v.Index)
-	case *btf.Typedef:
-		p.cut(v.Type)
-	case *btf.Const:
-		p.cut(v.Type)
-	case *btf.Volatile:
-		p.cut(v.Type)
-	case *btf.Restrict:
-		p.cut(v.Type)
-	case *btf.TypeTag:
-		p.cut(v.Type)
-	case *btf.Pointer:
-		s, ok := btf.As[*btf.Struct](v.Target)
-		if !ok || s.Name == "" {
-			v.Target = (*btf.Void)(nil)
-			return
-		}
-		if p.fwd[s.Name] == nil {
-			p.fwd[s.Name] = &btf.Fwd{Name: s.Name, Kind: btf.FwdStruct}
-		}
-		v.Target = p.fwd[s.Name]
-	}
-}
