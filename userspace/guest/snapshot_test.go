@@ -66,7 +66,8 @@ func TestSnapshotDamaged(t *testing.T) {
 	}
 	for name, p := range map[string][]byte{
 		"empty":                 nil,
-		"not compressed":        plain,
+		"not compressed, cut":   plain[:len(plain)/2],
+		"something else":        []byte("KvmAccess is none"),
 		"cut":                   file.Bytes()[:file.Len()/2],
 		"cut at a page":         pack(plain[:len(plain)-4104]),
 		"other version":         pack([]byte(strings.Replace(string(plain), "snapshot 1", "snapshot 9", 1))),
@@ -79,6 +80,9 @@ func TestSnapshotDamaged(t *testing.T) {
 		if s, err := ReadSnapshot(bytes.NewReader(p)); err == nil || err.Error() == "" {
 			t.Errorf("%s: %+v, no error", name, s)
 		}
+	}
+	if got, err := ReadSnapshot(bytes.NewReader(plain)); err != nil || !cmp.Equal(got, someSnapshot()) {
+		t.Errorf("not compressed: %v, %v", got, err)
 	}
 	if _, err := ReadSnapshot(bytes.NewReader(file.Bytes()[:file.Len()/2])); !errors.Is(err, io.ErrUnexpectedEOF) {
 		t.Errorf("cut off: %v", err)
