@@ -42,7 +42,8 @@ func guestSuite(name, kernel string, pockets ...string) Suite {
 	return Suite{
 		Name: name,
 		// base-files has the links /lib and /sbin where /usr is all there is.
-		Packages: []string{"base-files", kernel, "busybox-static"},
+		// depmod opens liblzma5 to read modules, but newer ones do not need it.
+		Packages: []string{"base-files", kernel, "busybox-static", "liblzma5"},
 		Pockets:  pockets,
 		// What is older than the archive's last update has passed its date.
 		AptOptions: []string{`Acquire::Check-Valid-Until "false"`},
