@@ -297,7 +297,9 @@ func booting(t *testing.T, src guest.Source) *guest.Kernel {
 // A guest is not there yet until it is: from its first instruction on, after a
 // reset, and when one kernel starts another. The daemon attaches by itself.
 func TestAttachWhileBooting(t *testing.T) {
-	ctx := testContext(t)
+	// Three boots, and a kernel that goes into the guest byte by byte.
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	t.Cleanup(cancel)
 	c := newClient(t)
 	g, err := fixture.Launch(ctx, fixture.Config{Name: "early", Memory: 384, Args: []string{"-S"}})
 	if err != nil {
@@ -326,6 +328,8 @@ func TestAttachWhileBooting(t *testing.T) {
 	if err := g.Booted(ctx, 1); err != nil {
 		t.Fatal(err)
 	}
+	// It has modules by now.
+	k.Refresh(ctx)
 	told := func(kind integrity.Kind) (n int) {
 		for _, r := range findings(t, d, daemon.Query{}) {
 			if r.Kind == kind {
@@ -369,7 +373,7 @@ func TestAttachWhileBooting(t *testing.T) {
 		watching(t, d, g.Name)
 		isHonest(t, k)
 		sameSymbols(t, g, k)
-		eventually(t, 20*time.Second, func() error {
+		eventually(t, time.Minute, func() error {
 			if n := told(integrity.KindRestarted); n != restarts {
 				return fmt.Errorf("%s: the daemon told of %d restarts, want %d", boot.how, n, restarts)
 			}
