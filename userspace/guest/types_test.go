@@ -9,6 +9,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/cilium/ebpf/btf"
@@ -460,4 +461,39 @@ func (o patchedMemory) ReadPhysical(ctx context.Context, gpa uint64, p []byte) e
 		copy(p, o.data[gpa-o.at:])
 	}
 	return nil
+}
+
+// TestTypesShared: many ask the same types at once, and a module's.
+func TestTypesShared(t *testing.T) {
+	types, err := ParseTypes(unpack(t, "debian12.btf.gz"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := uint32(len(types.graph.strings))
+	split, err := ParseTypes(rawBTF(u32(own, btfStruct<<24|1, 16, own+9, uint32(types.graph.named("list_head")[0]), 0), []byte("only_mod\x00link\x00")), types)
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := types.Names()
+	var group sync.WaitGroup
+	for i := range 8 {
+		group.Go(func() {
+			for j := range names {
+				name := names[(j+i*17)%len(names)]
+				if _, err := types.Declaration(name); err != nil {
+					t.Error(err)
+				}
+				if s, err := types.Struct(name); err == nil {
+					s.Field("next")
+				}
+				if f, err := split.structField("only_mod", "link.next"); err != nil || f.Type() != "struct list_head *" {
+					t.Error(f, err)
+				}
+				if v, err := types.EnumValue("pid_type", "PIDTYPE_TGID"); err != nil || v != 1 {
+					t.Error(v, err)
+				}
+			}
+		})
+	}
+	group.Wait()
 }
