@@ -124,10 +124,7 @@ func (r *moduleReader) module(ctx context.Context, at uint64) error {
 		return fail(fmt.Errorf("%w: %d symbols", ErrTooLong, r.count+count))
 	}
 	r.count += count
-	exported, err := r.exports(ctx, o)
-	if err != nil {
-		return fail(err)
-	}
+	exported, unknown := r.exports(ctx, o) // which makes their letters, no more
 	// Elf64_Sym (elf(5)).
 	const size = 24
 	entries, letters := make([]byte, count*size), make([]byte, count)
@@ -159,17 +156,23 @@ func (r *moduleReader) module(ctx context.Context, at uint64) error {
 		if n := indexNUL(rest[:end]); n >= 0 {
 			end = n
 		}
-		sym := Symbol{Name: rest[:end], Module: name, Address: binary.LittleEndian.Uint64(entries[i*size+8:]), Type: letters[i] | 0x20}
+		sym := Symbol{Name: rest[:end], Module: name, Address: binary.LittleEndian.Uint64(entries[i*size+8:]), Type: letters[i]}
 		if sym.Name == "" {
 			continue
 		}
-		if !symbolType(sym.Type) {
+		at, known := exported[sym.Name]
+		switch c := letters[i] | 0x20; {
+		case c < 'a' || c > 'z':
 			sym.Type = '?'
-		}
-		if at, ok := exported[sym.Name]; ok && at == sym.Address {
-			sym.Type &^= 0x20
+		case known && at == sym.Address:
+			sym.Type = c - 'a' + 'A'
+		default:
+			sym.Type = c
 		}
 		r.symbols = append(r.symbols, sym)
+	}
+	if unknown != nil {
+		return fail(unknown)
 	}
 	return nil
 }
@@ -303,6 +306,9 @@ func (k *Kernel) exports(ctx context.Context, at uint64, count int, f func(name 
 }
 
 func (r *moduleReader) add(at uint64, name, module string) {
+	if name == "" {
+		return // kallsyms leaves these out, too
+	}
 	r.symbols = append(r.symbols, Symbol{Name: name, Module: module, Address: at, Type: 't'})
 }
 
