@@ -12,8 +12,8 @@ import (
 
 // Module is a loaded module of the guest's kernel.
 type Module struct {
-	Address  uint64         `json:"address"`            // of its struct module
-	Name     string         `json:"name"`               //
+	Address  uint64         `json:"address"` // of its struct module
+	Name     string         `json:"name"`
 	State    string         `json:"state"`              // as /proc/modules has it: Live, Loading, Unloading; Unformed
 	Refcount int            `json:"refcount"`           // as /proc/modules has it; -1: it is being unloaded
 	Users    []string       `json:"users,omitempty"`    // modules that need it, in the kernel's order

@@ -12,10 +12,10 @@ import (
 // SyscallTable is one of the kernel's tables of system calls, or what its code
 // does instead of one.
 type SyscallTable struct {
-	Name    string    `json:"name"`    // of the table or function
-	Address uint64    `json:"address"` //
-	Code    bool      `json:"code"`    // a function that picks the handler, not a table
-	Calls   []Syscall `json:"calls"`   // by number
+	Name    string    `json:"name"` // of the table or function
+	Address uint64    `json:"address"`
+	Code    bool      `json:"code"`  // a function that picks the handler, not a table
+	Calls   []Syscall `json:"calls"` // by number
 }
 
 // Syscall is what the kernel calls for a number.
