@@ -498,6 +498,14 @@ func FuzzOpen(f *testing.F) {
 	f.Add(core([]load{{paddr: 0x1000, data: some}, {paddr: 0x1020, data: some[32:], same: 1}}, note("QEMU", 0, state(kernelState(), 432)), false))
 	f.Add(core([]load{{paddr: 0x1000, data: some, memsz: 4096}, {memsz: 4096}}, note("VMCOREINFO", 0, []byte("OSRELEASE=6.1")), true))
 	f.Add(bytes.Join([][]byte{lime(1, 0x1000, 0x103f, some), lime(1, 0x5000, 0x503f, some)}, nil))
+	tiny := guest.Snapshot{CPUs: []kvmaccess.VCPU{{ID: 1}}, Pages: guest.Pages{0x1000: new([4096]byte)}}
+	for _, write := range []func(io.Writer) error{tiny.Encode, tiny.Write} {
+		var out bytes.Buffer
+		if err := write(&out); err != nil {
+			f.Fatal(err)
+		}
+		f.Add(out.Bytes())
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		d, err := open(b)
 		if err != nil {
