@@ -196,6 +196,10 @@ func arguments(payload, dir string, c Config) []string {
 	}
 	// Tests of the kernel's ciphers are most of its boot under an emulator.
 	line := "console=ttyS0 loglevel=4 panic=-1 cryptomgr.notests rdinit=" + agent.Init + " " + c.Append
+	if c.Emulator != nil {
+		// A busy machine's timer is late, which Linux takes for a broken one.
+		line += " no_timer_check"
+	}
 	args := []string{
 		"-name", name, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-accel", accel, "-cpu", cpu, "-smp", strconv.Itoa(max(1, c.CPUs)), "-m", strconv.Itoa(memory),
