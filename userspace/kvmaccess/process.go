@@ -41,9 +41,13 @@ func openProcess(pid int) (*process, error) {
 }
 
 func newProcess(pid int) (*process, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", pid))
+	dir := fmt.Sprintf("/proc/%d", pid)
+	f, err := os.Open(dir + "/pagemap")
 	switch {
 	case errors.Is(err, os.ErrNotExist):
+		if _, gone := os.Stat(dir); gone == nil {
+			return nil, errors.New("this kernel has no /proc/PID/pagemap (CONFIG_PROC_PAGE_MONITOR)")
+		}
 		return nil, fmt.Errorf("process %d: %w", pid, unix.ESRCH)
 	case errors.Is(err, os.ErrPermission):
 		return nil, fmt.Errorf("process %d: %w: CAP_SYS_PTRACE is needed", pid, err)
