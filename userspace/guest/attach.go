@@ -92,7 +92,7 @@ func attach(ctx context.Context, src Source, opts AttachOptions) (*Kernel, error
 		if err := k.complete(ctx, opts); err != nil {
 			return nil, err
 		}
-		k.Space.Memory = src
+		k.Space.Memory, l.space.Memory = src, src // what was cached is not kept
 		return k, nil
 	}
 	return nil, reason

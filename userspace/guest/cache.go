@@ -18,8 +18,9 @@ import (
 // bytes, of which the same would be decoded anew; a guest that lies in its
 // tables misleads about itself, whether or not there is a Cache. Nothing is
 // looked up by what a guest merely says that it is: by its release, its banner
-// or its build id. What depends on the boot is not kept: where the kernel lies,
-// its page tables, its modules.
+// or its build id; nor is it held against a guest that another one says the same
+// of itself and has other tables, since that one may lie. What depends on the
+// boot is not kept: where the kernel lies, its page tables, its modules.
 type Cache struct {
 	mu      sync.Mutex
 	symbols kept[string, *decoded]
