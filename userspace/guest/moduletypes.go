@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+
+	"github.com/cilium/ebpf/btf"
 )
 
 // maxModuleBTF bounds a module's BTF, in bytes.
@@ -16,45 +18,84 @@ const maxModuleBTF = 8 << 20
 // error wraps ErrNoTypes where the module or the kernel has none
 // (CONFIG_DEBUG_INFO_BTF_MODULES), or is an *ObjectError.
 func (k *Kernel) ModuleTypes(ctx context.Context, m *Module) (*Types, error) {
-	none := &ObjectError{"BTF of module " + m.Name, m.Address, errors.New("the kernel keeps no BTF of it")}
-	if !k.Types.Has("btf_module", "list", "module", "btf") || !k.Types.Has("btf", "data", "data_size") {
-		return nil, errors.Join(none, ErrNoTypes)
-	}
-	head, err := k.symbol("btf_modules")
-	if err != nil {
-		return nil, errors.Join(none, ErrNoTypes, err)
-	}
-	offset, err := k.offset("btf_module", "list")
-	if err != nil {
-		return nil, err
-	}
 	var found *Types
-	view := k.View()
-	err = view.List(ctx, "BTF of modules", head, maxModules, func(node uint64) error {
-		o, err := view.Object(ctx, "btf_module", node-offset)
-		if err != nil {
-			return err
+	err := k.View().eachModuleBTF(ctx, func(module, btf uint64, k *Kernel) (err error) {
+		if module != m.Address {
+			return nil
 		}
-		owner, err := o.Pointer("module")
-		if err != nil || owner != m.Address {
-			return err
-		}
-		at, err := o.Pointer("btf")
-		if err != nil {
-			return err
-		}
-		if found, err = view.btfObject(ctx, at); err != nil {
+		if found, err = k.btfObject(ctx, btf); err != nil {
 			return err
 		}
 		return ErrStop
 	})
-	if found != nil {
+	switch {
+	case found != nil:
 		return found, nil
-	}
-	if err != nil {
+	case err != nil:
 		return nil, fmt.Errorf("module %s: %w", m.Name, err)
 	}
-	return nil, errors.Join(none, ErrNoTypes)
+	return nil, &ObjectError{"BTF of module " + m.Name, m.Address, fmt.Errorf("the kernel keeps none of it: %w", ErrNoTypes)}
+}
+
+// FindTypes finds the types that declare a name: the kernel's, or else those of
+// a module, whose name it returns then. The error is as for Types.Struct, or an
+// *ObjectError.
+func (k *Kernel) FindTypes(ctx context.Context, name string) (types *Types, module string, err error) {
+	tag, _ := cutKind(name)
+	if _, err = k.Types.named(tag, func(btf.Type) bool { return true }); !errors.Is(err, ErrNoType) {
+		return k.Types, "", err
+	}
+	walk := k.View().eachModuleBTF(ctx, func(owner, at uint64, k *Kernel) error {
+		t, err := k.btfObject(ctx, at)
+		if err != nil {
+			return err
+		}
+		if _, err := t.named(tag, func(btf.Type) bool { return true }); err != nil {
+			return nil
+		}
+		m, err := k.Module(ctx, owner)
+		if err != nil {
+			return err
+		}
+		types, module = t, m.Name
+		return ErrStop
+	})
+	switch {
+	case types != nil:
+		return types, module, nil
+	case walk != nil && !errors.Is(walk, ErrNoTypes):
+		return nil, "", fmt.Errorf("%w in the kernel, and its modules' cannot all be read: %w", err, walk)
+	}
+	return nil, "", err
+}
+
+// eachModuleBTF calls f with each struct module that has BTF, and its struct
+// btf.
+func (k *Kernel) eachModuleBTF(ctx context.Context, f func(module, btf uint64, k *Kernel) error) error {
+	const object = "BTF of modules"
+	if !k.Types.Has("btf_module", "list", "module", "btf") || !k.Types.Has("btf", "data", "data_size") {
+		return &ObjectError{object, 0, fmt.Errorf("the kernel keeps none: %w", ErrNoTypes)}
+	}
+	head, err := k.symbol("btf_modules")
+	if err != nil {
+		return err
+	}
+	offset, err := k.offset("btf_module", "list")
+	if err != nil {
+		return err
+	}
+	return k.List(ctx, object, head, maxModules, func(node uint64) error {
+		o, err := k.Object(ctx, "btf_module", node-offset)
+		if err != nil {
+			return err
+		}
+		module, err1 := o.Pointer("module")
+		at, err2 := o.Pointer("btf")
+		if err := errors.Join(err1, err2); err != nil {
+			return err
+		}
+		return f(module, at, k)
+	})
 }
 
 // btfObject decodes what a struct btf holds, on top of the kernel's types.

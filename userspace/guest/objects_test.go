@@ -934,7 +934,7 @@ func TestModuleTypes(t *testing.T) {
 	split := rawBTF(u32(own, btfStruct<<24|1, 16, own+4, uint32(list), 0), []byte("mod\x00link\x00"))
 	const (
 		b         = flatBase
-		here, two = 0x3000, 0x3800 // modules
+		here, two = 0x2800, 0x3800 // modules
 	)
 	memory := words(map[uint64]uint64{
 		0: b + 0x100, 8: b + 0x200, // btf_modules
@@ -944,6 +944,7 @@ func TestModuleTypes(t *testing.T) {
 		0x600: b + 0x1000, 0x650: 1 << 30,
 	})
 	copy(memory[0x1000:], split)
+	copy(memory[here+24:], "the_mod\x00")
 	k := flat(t, memory)
 	k.Types = base
 	if f, err := base.structField("btf", "data_size"); err != nil || f.Offset != 0x50 {
@@ -964,5 +965,24 @@ func TestModuleTypes(t *testing.T) {
 	}
 	if _, err := k.ModuleTypes(t.Context(), &Module{Name: "other", Address: b + 0x2000}); !errors.Is(err, ErrNoTypes) {
 		t.Errorf("a module without BTF: %v", err)
+	}
+	if types, module, err := k.FindTypes(t.Context(), "struct task_struct"); err != nil || types != k.Types || module != "" {
+		t.Errorf("the kernel's: %v, %q, %v", types, module, err)
+	}
+	size, err := k.offset("module", "core_layout.size")
+	if err != nil {
+		t.Fatal(err)
+	}
+	at, err := k.offset("module", "core_layout.base")
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.Space.Memory.(Pages).WritePhysical(0x100000+here+at, le(b))
+	k.Space.Memory.(Pages).WritePhysical(0x100000+here+size, le(4096))
+	if types, module, err := k.FindTypes(t.Context(), "mod"); err != nil || module != "the_mod" || types.Len() != 1 {
+		t.Errorf("a module's: %v, %q, %v", types, module, err)
+	}
+	if types, _, err := k.FindTypes(t.Context(), "nothing"); types != nil || !errors.Is(err, ErrNoType) || !errors.Is(err, ErrBadTypes) {
+		t.Errorf("nobody's, and one module is damaged: %v, %v", types, err)
 	}
 }

@@ -87,6 +87,9 @@ func (t *Types) lock() func() {
 
 // named decodes the types of a name, those of t before those of its base.
 func (t *Types) named(name string, keep func(btf.Type) bool) ([]btf.Type, error) {
+	if t == nil {
+		return nil, ErrNoTypes
+	}
 	defer t.lock()()
 	var found []btf.Type
 	for u := t; u != nil; u = u.base {

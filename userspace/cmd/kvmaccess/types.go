@@ -24,35 +24,44 @@ type fieldJSON struct {
 
 type typeJSON struct {
 	Name        string `json:"name"`
-	Declaration string `json:"declaration"` // in C, offsets and sizes in comments
+	Module      string `json:"module,omitempty"` // that declares it; empty: the kernel
+	Declaration string `json:"declaration"`      // in C, offsets and sizes in comments
 }
 
 func (a *app) types() *cobra.Command {
 	return a.ofKernel(&cobra.Command{
 		Use:   "types",
 		Short: "Show a type of a guest's kernel",
-		Long: `Show a struct, union, enum or typedef of a guest's kernel as its own BTF has it,
-with offsets and sizes in bytes; of STRUCT.FIELD (and deeper) that field.`,
+		Long: `Show a struct, union, enum or typedef of a guest's kernel, or of one of its
+modules, as its own BTF has it, with offsets and sizes in bytes; of STRUCT.FIELD
+(and deeper) that field.`,
 		Example: `  kvmaccess types web1 task_struct
   kvmaccess types --dump core.elf task_struct.se.vruntime`,
-	}, guest.AttachOptions{}, func(_ context.Context, t *target, k *guest.Kernel, args []string) error {
+	}, guest.AttachOptions{}, func(ctx context.Context, t *target, k *guest.Kernel, args []string) error {
 		if k.Types == nil {
 			return fmt.Errorf("%s: its kernel has no types: %w", t, k.TypesErr)
 		}
 		a.doubts(k)
 		name, path, isField := strings.Cut(args[0], ".")
+		types, module, err := k.FindTypes(ctx, name)
+		switch {
+		case gone(err):
+			return err
+		case err != nil:
+			return &kernelError{t.String(), "", err}
+		}
 		if !isField {
-			text, err := k.Types.Declaration(name)
+			text, err := types.Declaration(name)
 			if err != nil {
 				return fmt.Errorf("%s: %w", t, err)
 			}
 			if a.output == "json" {
-				return a.json(typeJSON{name, text})
+				return a.json(typeJSON{name, module, text})
 			}
 			_, err = io.WriteString(a.out, strings.TrimRight(text, "\n")+"\n")
 			return err
 		}
-		s, err := k.Types.Struct(name)
+		s, err := types.Struct(name)
 		if err != nil {
 			return fmt.Errorf("%s: %w", t, err)
 		}
