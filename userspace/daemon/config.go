@@ -28,6 +28,7 @@ const (
 	DefaultFindings = "findings.jsonl" // in the state directory
 	DefaultPeriod   = time.Second
 	DefaultRelist   = time.Minute
+	DefaultVerify   = 5 * time.Minute
 	DefaultKeep     = 100_000
 )
 
@@ -53,6 +54,10 @@ type Config struct {
 	Symbols string `yaml:"symbols"`
 	// Relist is how often the VMs are listed anew, in case an event was lost.
 	Relist time.Duration `yaml:"relist"`
+	// Verify is in how long all that guests' symbols and types were made of is
+	// looked at once, a little with each check, 1 s or more: its being
+	// overwritten is found by then.
+	Verify time.Duration `yaml:"verify"`
 	// Keep is how many findings the API can look back on.
 	Keep uint64 `yaml:"keep"`
 	// LogLevel is debug, info, warn or error.
@@ -75,6 +80,7 @@ func Default() Config {
 		Socket:   DefaultSocket,
 		StateDir: DefaultStateDir,
 		Relist:   DefaultRelist,
+		Verify:   DefaultVerify,
 		Keep:     DefaultKeep,
 	}
 }
@@ -129,6 +135,9 @@ func (c *Config) Check() error {
 	period("period", c.Period)
 	if c.Relist < 100*time.Millisecond {
 		bad("relist is %v: it must be 100ms or more", c.Relist)
+	}
+	if c.Verify < time.Second {
+		bad("verify is %v: it must be 1s or more", c.Verify)
 	}
 	if c.Keep == 0 {
 		bad("keep is 0: at least one finding must be kept")

@@ -28,6 +28,7 @@ type keeper struct {
 	journal  *journal
 	symbols  *symbolFiles
 	cache    *guest.Cache
+	verify   time.Duration // Config.Verify
 	problems *problems
 	log      *slog.Logger
 	// moduleGone is told when the module does not answer any more.
@@ -206,7 +207,7 @@ func (k *keeper) name() string { return integrity.VM{ID: k.vm.ID, Name: k.id.Nam
 
 // prepare makes the monitor.
 func (k *keeper) prepare() error {
-	options := integrity.Options{Cache: k.cache, Ranges: k.config.Ranges, Baseline: k.journal.guest(k.id).Baseline}
+	options := integrity.Options{Cache: k.cache, Verify: k.verify, Ranges: k.config.Ranges, Baseline: k.journal.guest(k.id).Baseline}
 	k.memory = nil
 	if memory := k.host.memory(k.src, k.vm); memory != nil {
 		k.memory = &coldMemory{memory: memory}

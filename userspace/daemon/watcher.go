@@ -290,7 +290,7 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 	}
 	k := &keeper{
 		vm: vm, id: id, config: w.config.vm(vmm.Name, vmm.UUID),
-		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, problems: w.problems,
+		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, verify: w.config.Verify, problems: w.problems,
 		moduleGone: fail, settled: w.memory.adjust, state: StateWaiting, vcpus: vm.VCPUs, ram: vm.Memory,
 		done: make(chan struct{}),
 	}

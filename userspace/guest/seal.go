@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
 // Seal tells whether memory that a kernel never changes is as it was: what its
@@ -27,8 +29,9 @@ type piece struct {
 	broken error
 }
 
-// pieceSize is how much is looked at at once, in bytes.
-const pieceSize = 64 << 10
+// pieceSize is how much is looked at at once, in bytes: what one request to the
+// kernel module reads.
+const pieceSize = kvmaccess.MaxBytes
 
 // add seals data, which lie at an address.
 func (s *Seal) add(object string, at uint64, data []byte) {
@@ -57,28 +60,48 @@ func (s *Seal) Extents(object string) []Extent {
 	return out
 }
 
-// Look looks at the next piece. It returns false if what Broken returns
-// changed by that. The error is the host's: nothing was seen.
-func (s *Seal) Look(ctx context.Context, space *Space) (same bool, err error) {
+// Next is the piece to be looked at next; it is empty if nothing is sealed.
+func (s *Seal) Next() Extent {
 	if len(s.pieces) == 0 {
-		return true, nil
+		return Extent{}
 	}
-	p := &s.pieces[s.next%len(s.pieces)]
-	data := make([]byte, p.Size())
-	err = space.Read(ctx, p.Start, data)
+	return s.pieces[s.next].Extent
+}
+
+// See takes what the piece is that Next returned, or why the guest's page
+// tables do not map it any more, and goes on to the following one. It returns
+// false if what Broken returns changed by that.
+func (s *Seal) See(data []byte, gone error) (same bool) {
+	if len(s.pieces) == 0 {
+		return true
+	}
+	p := &s.pieces[s.next]
 	var broken error
 	switch {
-	case errors.Is(err, ErrNotPresent) || errors.Is(err, ErrReserved):
-		broken = err
-	case err != nil:
-		return true, err
-	case maphash.Bytes(s.seed, data) != p.sum:
+	case gone != nil:
+		broken = gone
+	case uint64(len(data)) != p.Size() || maphash.Bytes(s.seed, data) != p.sum:
 		broken = fmt.Errorf("%#x-%#x, which the kernel never changes, was overwritten", p.Start, p.End)
 	}
-	s.next++
 	same = (broken == nil) == (p.broken == nil)
 	p.broken = broken
-	return same, nil
+	s.next = (s.next + 1) % len(s.pieces)
+	return same
+}
+
+// Look reads the next piece and sees it. The error is the host's: nothing was
+// seen.
+func (s *Seal) Look(ctx context.Context, space *Space) (same bool, err error) {
+	x := s.Next()
+	data := make([]byte, x.Size())
+	err = space.Read(ctx, x.Start, data)
+	if errors.Is(err, ErrNotPresent) || errors.Is(err, ErrReserved) {
+		return s.See(nil, err), nil
+	}
+	if err != nil {
+		return true, err
+	}
+	return s.See(data, nil), nil
 }
 
 // Broken are the doubts that arise from what is not as it was.

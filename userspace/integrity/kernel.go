@@ -128,19 +128,48 @@ func (m *Monitor) takeKernel(ctx context.Context) {
 	}
 }
 
-// verify looks at a piece of what the kernel's symbols and types were made of.
-// It returns true if there is something to say.
-func (m *Monitor) verify(ctx context.Context) bool {
-	if m.g == nil || m.g.Kernel == nil {
+// mostPieces bounds how much one tick looks at of what never changes.
+const mostPieces = 8
+
+// verify looks at what the kernel's symbols and types were made of, so much of
+// it that all was looked at once in Options.Verify. It returns true if there is
+// something to say.
+func (m *Monitor) verify(ctx context.Context, now time.Time) bool {
+	if m.g == nil || m.g.Kernel == nil || m.opts.Verify < 0 || !m.rootFixed {
 		return false
 	}
 	k := m.g.Kernel
-	same, err := k.Seal.Look(ctx, k.Space)
-	if err != nil {
-		m.status.Unread++
+	if k.Seal.Pieces() == 0 {
 		return false
 	}
-	if same {
+	every := max(m.opts.Verify/time.Duration(k.Seal.Pieces()), time.Microsecond)
+	since := now.Sub(m.verified)
+	if since >= 0 && since < every {
+		return false
+	}
+	changed := false
+	for range min(mostPieces, max(1, int(since/every))) {
+		x := k.Seal.Next()
+		out, err := m.src.ReadVirtual(ctx, m.vm.ID, m.leader.state.ID, m.root, kvmaccess.Range{Address: x.Start, Length: uint32(x.Size())})
+		if err == nil && len(out) != 1 {
+			err = errors.New("the answer does not fit the request")
+		}
+		if err == nil {
+			err = out[0].Err
+		}
+		switch {
+		case err == nil:
+			changed = !k.Seal.See(out[0].Data, nil) || changed
+		case guestError(err):
+			changed = !k.Seal.See(nil, err) || changed
+		case errors.Is(err, kvmaccess.ErrNotResident):
+			// Nobody has used it for long. Memory brings it back, if it may.
+			same, err := k.Seal.Look(ctx, k.Space)
+			changed = err == nil && !same || changed
+		}
+	}
+	m.verified = now
+	if !changed {
 		return false
 	}
 	m.g.Doubts = append(slices.Clone(k.Doubts), k.Seal.Broken()...)
@@ -163,6 +192,10 @@ func (m *Monitor) nameModules(ctx context.Context) {
 	}
 	m.refreshed = m.now()
 	start := time.Now()
+	// Not through the VMM, which may take long.
+	memory := k.Space.Memory
+	k.Space.Memory = sourceMemory{m.src, m.vm.ID}
+	defer func() { k.Space.Memory = memory }()
 	// What cannot be read is not named; the next look may find it in order.
 	if err := k.ReadModules(ctx); err != nil && !guestError(err) {
 		m.status.Unread++

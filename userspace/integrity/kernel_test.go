@@ -114,8 +114,7 @@ func TestOverwritten(t *testing.T) {
 	w.quiet(m)
 	at := made64 + w.image.Slide + madeTables + 0x1000
 	round := func() (found []Finding) {
-		for range m.g.Kernel.Seal.Pieces() {
-			w.clock = w.clock.Add(rescanEvery)
+		for end := w.clock.Add(m.opts.Verify + time.Second); w.clock.Before(end); w.clock = w.clock.Add(time.Second) {
 			found = append(found, w.tick(m)...)
 		}
 		return found

@@ -40,6 +40,10 @@ type Options struct {
 	// booted, unless a program is seen running; default 30 s, negative: not at
 	// all. With symbols the kernel itself tells.
 	Settle time.Duration
+	// Verify is in how long all that the guest's symbols and types were made
+	// of is looked at once, a little with each tick, for whether it was
+	// overwritten; default 5 min, negative: not at all.
+	Verify time.Duration
 	Now    func() time.Time // default: time.Now
 }
 
@@ -105,6 +109,7 @@ type Monitor struct {
 	fresh       bool          // all of it was just read
 	refreshed   time.Time     // when what changes of it was
 	modulesTook time.Duration // to read its modules
+	verified    time.Time     // when a piece of what it never changes was looked at
 
 	attaching bool
 
@@ -185,6 +190,7 @@ const (
 	maxVCPUs       = 4096
 	textSearch     = 128 << 20
 	defaultSettles = 30 * time.Second
+	defaultVerify  = 5 * time.Minute
 )
 
 // NewMonitor makes a Monitor of vm. It reads nothing yet. The error says what
@@ -205,6 +211,9 @@ func NewMonitor(src Source, vm VM, opts Options) (*Monitor, error) {
 	}
 	if m.opts.MaxFindings <= 0 {
 		m.opts.MaxFindings = defaultMost
+	}
+	if m.opts.Verify == 0 {
+		m.opts.Verify = defaultVerify
 	}
 	if m.opts.Settle == 0 {
 		m.opts.Settle = defaultSettles
@@ -311,8 +320,8 @@ func (m *Monitor) capture(ctx context.Context, now time.Time) (layout, dirty boo
 		if err != nil {
 			return false, false, err
 		}
-		dirty = m.verify(ctx)
 	}
+	dirty = m.verify(ctx, now)
 	ready := 0
 	for i := 0; i < len(m.cpus); i++ {
 		c := m.cpus[i]

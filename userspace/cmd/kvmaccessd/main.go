@@ -62,6 +62,9 @@ end it; baselines and findings outlast it.`,
 			if set("relist") {
 				settings.Relist = flags.Relist
 			}
+			if set("verify") {
+				settings.Verify = flags.Verify
+			}
 			for _, arg := range periods {
 				if err := settings.SetPeriod(arg); err != nil {
 					return fmt.Errorf("--period: %w", err)
@@ -88,11 +91,12 @@ end it; baselines and findings outlast it.`,
 	f := cmd.Flags()
 	f.StringVarP(&file, "config", "c", daemon.DefaultConfig, "configuration `file` (YAML); flags go before it")
 	f.StringArrayVarP(&periods, "period", "p", nil, fmt.Sprintf("`duration` from one check of a VM to the next, %v or more; VM=DURATION for one VM by name or UUID (default %v)", daemon.MinPeriod, daemon.DefaultPeriod))
-	f.StringArrayVarP(&symbols, "symbols", "s", nil, "symbol `file` of the guests' kernel, a copy of its /proc/kallsyms or System.map; VM=FILE for one VM by name or UUID")
+	f.StringArrayVarP(&symbols, "symbols", "s", nil, "symbol `file` of the guests' kernel, a copy of its /proc/kallsyms or System.map, to be used instead of the symbols in their memory; VM=FILE for one VM by name or UUID")
 	f.StringVar(&flags.Socket, "socket", flags.Socket, "unix `socket` of the API")
 	f.StringVar(&flags.StateDir, "state-dir", flags.StateDir, "`directory` for baselines and findings")
 	f.StringVar(&flags.Findings, "findings", "", fmt.Sprintf("`file` that findings are appended to, - for standard output (default %s in the state directory)", daemon.DefaultFindings))
 	f.DurationVar(&flags.Relist, "relist", flags.Relist, "`duration` from one listing of the VMs to the next, in case an event was lost")
+	f.DurationVar(&flags.Verify, "verify", flags.Verify, "`duration` in which all that guests' symbols and types were made of is looked at once, a little with each check")
 	f.StringVar(&level, "log-level", "", "debug, info, warn or error (default info)")
 	return cmd
 }
