@@ -263,7 +263,11 @@ func (k *Kernel) complete(ctx context.Context, opts AttachOptions) error {
 // Refresh reads anew what changes while a kernel runs or boots: its modules,
 // its regions of memory, its command line and when it booted.
 func (k *Kernel) Refresh(ctx context.Context) {
-	k.undoubt(DoubtModules, DoubtBases, DoubtBanner)
+	doubtful := slices.ContainsFunc(k.Doubts, func(d Doubt) bool { return d.Object == DoubtTables })
+	k.undoubt(DoubtModules, DoubtBases, DoubtBanner, DoubtTables)
+	if doubtful {
+		k.fixRoot(ctx) // it was in early boot, perhaps
+	}
 	memory := k.Space.Memory
 	k.Space.Memory = NewPageCache(memory)
 	defer func() { k.Space.Memory = memory }()

@@ -49,6 +49,9 @@ func (m *Monitor) findKernel(ctx context.Context) (bool, error) {
 			return false, nil
 		}
 	}
+	if !errors.Is(err, guest.ErrNoTables) {
+		m.gone = time.Time{}
+	}
 	switch {
 	case err == nil:
 		m.g.Kernel, m.g.Image = m.kernel, m.kernel.Image
@@ -57,6 +60,9 @@ func (m *Monitor) findKernel(ctx context.Context) (bool, error) {
 		return false, nil
 	case errors.Is(err, kvmaccess.ErrNotResident), errors.Is(err, kvmaccess.ErrUnsettled):
 		return false, m.unreadable("the kernel", err)
+	case errors.Is(err, guest.ErrNoTables) && m.again():
+		m.wait(err.Error())
+		return false, nil
 	case errors.Is(err, guest.ErrNoTables):
 		m.g.Doubts = []guest.Doubt{{Object: guest.DoubtSymbols, Reason: err.Error()}}
 		m.withoutSymbols(err)
@@ -86,6 +92,19 @@ func (m *Monitor) tablesMoved(ctx context.Context) bool {
 	return false
 }
 
+// settleTables is how long a kernel must be without its symbol table: while a
+// guest restarts, its memory is that of a kernel in part.
+const settleTables = 2 * time.Second
+
+// again says whether to look for the symbol table another time.
+func (m *Monitor) again() bool {
+	now := m.now()
+	if m.gone.IsZero() || now.Before(m.gone) {
+		m.gone = now
+	}
+	return m.opts.Settle >= 0 && now.Sub(m.gone) < settleTables
+}
+
 func isAny(err error, targets ...error) bool {
 	return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 }
@@ -113,6 +132,7 @@ func (m *Monitor) takeKernel(ctx context.Context) {
 	}
 	if !m.fresh {
 		k.Refresh(ctx)
+		m.takeRoot()
 		m.refreshed = m.now()
 	}
 	m.fresh = false

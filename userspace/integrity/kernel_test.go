@@ -155,6 +155,16 @@ func TestSymbolTableGone(t *testing.T) {
 	if got := keys(w.tick(m)); len(got) != 1 || got[0] != "changed msr/lstar@0/LSTAR" {
 		t.Errorf("%q", got)
 	}
+	// It is looked for again for a while, since the guest may be restarting.
+	m = w.monitor(Options{})
+	w.quiet(m)
+	if s := m.Status(); s.State != StateWaiting || !strings.Contains(s.Reason, "symbol table") {
+		t.Errorf("%+v", s)
+	}
+	w.clock = w.clock.Add(settleTables)
+	if got := keys(w.tick(m)); len(got) != 1 || got[0] != "invariant kernel/symbol table" {
+		t.Errorf("after a while: %q", got)
+	}
 	// A symbol file helps.
 	m = w.monitor(Options{Settle: -1, Symbols: w.symbols})
 	w.tick(m)

@@ -107,6 +107,7 @@ type Monitor struct {
 
 	kernel      *guest.Kernel // as found last; nil: it was not
 	fresh       bool          // all of it was just read
+	gone        time.Time     // since when its symbol table is not there; zero: it is
 	refreshed   time.Time     // when what changes of it was
 	modulesTook time.Duration // to read its modules
 	verified    time.Time     // when a piece of what it never changes was looked at
