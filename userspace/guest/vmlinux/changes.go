@@ -236,20 +236,18 @@ func (b *boot) returns(ctx context.Context) {
 	}
 	thunk := most(votes)
 	for _, at := range sites {
-		jump := func(to uint64) []byte {
-			return binary.LittleEndian.AppendUint32([]byte{0xe9}, uint32(to-(at+b.delta+5)))
+		to := thunk
+		if its != 0 && current == its { // cpu_wants_rethunk_at()
+			if to = its; (at+b.delta)&0x20 != 0 {
+				to = 0
+			}
 		}
 		code := plain
-		if thunk != 0 {
-			code = jump(thunk)
+		if to != 0 {
+			code = binary.LittleEndian.AppendUint32([]byte{0xe9}, uint32(to-(at+b.delta+5)))
 		}
 		b.replacement(at, code)
-		b.add(TableReturn, at+b.delta, 5, "return", func(now []byte) bool {
-			if its != 0 && current == its && (bytes.Equal(now, plain) || bytes.Equal(now, jump(its))) {
-				return true
-			}
-			return bytes.Equal(now, code)
-		})
+		b.add(TableReturn, at+b.delta, 5, "return", func(now []byte) bool { return bytes.Equal(now, code) })
 	}
 }
 
@@ -315,7 +313,11 @@ func indirect(code []byte, op byte, reg int) bool {
 	if len(code) < 2 || code[0] != 0xff || code[1]&0xf8 != kind || reg >= 0 && int(code[1]&7)+high != reg {
 		return false
 	}
-	return idle(code[2:]) || bytes.Count(code[2:], []byte{0xcc}) == len(code)-2
+	rest := code[2:]
+	if op == 0xe9 { // a breakpoint behind, against speculation
+		rest = bytes.TrimPrefix(rest, []byte{0xcc})
+	}
+	return idle(rest) || bytes.Count(rest, []byte{0xcc}) == len(rest)
 }
 
 // otherThunk says whether a branch goes to code that jumps by the register and
