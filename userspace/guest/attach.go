@@ -263,7 +263,7 @@ func (k *Kernel) complete(ctx context.Context, opts AttachOptions) error {
 // Refresh reads anew what changes while a kernel runs or boots: its modules,
 // its regions of memory, its command line and when it booted.
 func (k *Kernel) Refresh(ctx context.Context) {
-	doubtful := slices.ContainsFunc(k.Doubts, func(d Doubt) bool { return d.Object == DoubtTables })
+	doubtful := k.doubtful(DoubtTables)
 	k.undoubt(DoubtModules, DoubtBases, DoubtBanner, DoubtTables)
 	if doubtful {
 		k.fixRoot(ctx) // it was in early boot, perhaps
@@ -285,24 +285,38 @@ func (k *Kernel) Refresh(ctx context.Context) {
 // Runs says whether the vCPUs still, or again, run this kernel at this place: a
 // nil error. It reads little: the interrupt tables and the page tables that
 // lead there, and the banner. Where the kernel was started anew meanwhile,
-// Refresh reads what is not as it was.
+// Refresh reads what is not as it was. A kernel that was found before it had
+// its own page tables is read through those that it has now.
 func (k *Kernel) Runs(ctx context.Context, cpus []kvmaccess.VCPU) error {
-	found, err := locate(ctx, NewPageCache(k.Space.Memory), cpus, nil)
+	memory := k.Space.Memory
+	found, err := locate(ctx, NewPageCache(memory), cpus, nil)
 	if err != nil {
 		return err
 	}
-	for _, l := range found {
-		if l.extent.Start == k.found.extent.Start && l.physical == k.found.physical {
-			fresh := *k
-			fresh.Fingerprint, fresh.Doubts = Fingerprint{}, nil
-			fresh.readFingerprint(ctx)
-			if fresh.Fingerprint.Version != k.Fingerprint.Version {
-				return fmt.Errorf("another kernel runs: %q", fresh.Fingerprint.Version)
-			}
-			return nil
-		}
+	at := slices.IndexFunc(found, func(l *location) bool {
+		return l.extent.Start == k.found.extent.Start && l.physical == k.found.physical
+	})
+	if at < 0 {
+		return fmt.Errorf("a kernel runs at %#x, not at %#x", found[0].extent.Start, k.found.extent.Start)
 	}
-	return fmt.Errorf("a kernel runs at %#x, not at %#x", found[0].extent.Start, k.found.extent.Start)
+	if k.doubtful(DoubtTables) {
+		k.found = found[at]
+		k.found.space.Memory = memory
+		k.Space.Root = k.found.space.Root
+		k.undoubt(DoubtTables)
+		k.fixRoot(ctx)
+	}
+	fresh := *k
+	fresh.Fingerprint, fresh.Doubts = Fingerprint{}, nil
+	fresh.readFingerprint(ctx)
+	if fresh.Fingerprint.Version != k.Fingerprint.Version {
+		return fmt.Errorf("another kernel runs: %q", fresh.Fingerprint.Version)
+	}
+	return nil
+}
+
+func (k *Kernel) doubtful(object string) bool {
+	return slices.ContainsFunc(k.Doubts, func(d Doubt) bool { return d.Object == object })
 }
 
 var errNoTypesAsked = errors.New("types were not asked for")

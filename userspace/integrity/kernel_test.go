@@ -193,6 +193,30 @@ func TestSpeakingBoots(t *testing.T) {
 	}
 }
 
+// TestEarlyTables: a kernel that was found on page tables which it gave up since
+// is read through its own.
+func TestEarlyTables(t *testing.T) {
+	w := speaking(made(t, true, 0x1000000, 1))
+	own := w.at("init_top_pgt") - made64 - w.image.Slide + 0x400000
+	w.put(w.at("system_state"), 0)
+	top := *w.pages[own]
+	*w.pages[own] = [4096]byte{}
+	m := w.monitor(Options{})
+	w.quiet(m)
+	if s := m.Status(); s.Reason != "the guest's kernel still boots" || m.kernel == nil || m.kernel.Space.Root != madeTop {
+		t.Fatalf("%+v", s)
+	}
+	w.put(w.at("system_state"), 3)
+	*w.pages[own] = top
+	w.CPUs[0].CR3 = own
+	*w.pages[madeTop] = [4096]byte{}
+	w.quiet(m)
+	w.watching(m)
+	if m.root != own || !m.rootFixed || m.Status().Open != 0 {
+		t.Errorf("root %#x, fixed %t, %+v", m.root, m.rootFixed, m.Status())
+	}
+}
+
 // TestSpeakingRestarts: the kernel is found anew after another boot, where it
 // lies then, and another kernel, too.
 func TestSpeakingRestarts(t *testing.T) {
