@@ -32,6 +32,8 @@ ALL_HOSTS := $(foreach v,svm vmx,$(SUITES:%=$(v)-%))
 # Tests of the programs, most of the time that there is. Which kernel or vendor
 # it is makes no difference to them: "make test" runs them on one host.
 PROGRAM_TESTS := ^Test(AttackedBeforeFirstSight|CLI.*|Restart|SecondDaemon|FullDisk|Daemon.*|GuestsComeAndGo|Periods)$$
+# Kernels of guests beside the hosts' own.
+GUESTS := 5.10,6.1,6.12,6.12-full,7.2
 # The suite that was asked for, or all of them.
 EACH_SUITE := $(if $(filter file,$(origin SUITE)),$(SUITES),$(SUITE))
 
@@ -113,7 +115,7 @@ test: test-static test-unit $(TEST_HOSTS:%=test-on-%) $(if $(filter svm-%,$(TEST
 # 72 programs and kinds of stress: more than 100,000 captures.
 test-all: SAMPLES ?= 1400
 .PHONY: test-all
-test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) test-la57 test-dkms ## test everything on 6.1, 6.12 and 7.2, AMD and Intel each; DKMS
+test-all: test-static test-unit $(ALL_HOSTS:%=test-on-%) test-la57 test-guests test-dkms ## test everything on 6.1, 6.12 and 7.2, AMD and Intel each; guests of all kernels; DKMS
 
 .PHONY: test-static
 test-static:
@@ -121,7 +123,7 @@ test-static:
 	@unformatted=$$(gofmt -l bench userspace vm-fixtures); \
 		[ -z "$$unformatted" ] || { echo "gofmt wants: $$unformatted" >&2; exit 1; }
 	go vet ./...
-	go vet -tags kvmhost,la57 ./...
+	go vet -tags kvmhost,la57,guests ./...
 	go vet -tags packaging ./vm-fixtures/packaging
 
 .PHONY: test-unit
@@ -161,6 +163,11 @@ $(filter test-on-vmx-%,$(HOSTS:%=test-on-%)): test-on-%: build fixture
 	$(FIXTURE) module --suite $(lastword $(subst -, ,$*)) --out $(BIN)
 	$(call test_on,$* (one CPU),-run '$(VMX_GUESTS)',$(call run_on,$*) --smp 1)
 	$(call test_on,$* (two CPUs),-run '$(VMX_TINY)' -skip '$(VMX_SKIP)',$(call run_on,$*) --smp 2)
+
+.PHONY: test-guests
+test-guests: build fixture ## test attaching to guests of 5.10, 6.1, 6.12 (cloud and full) and 7.2, with page tables of 4 and 5 levels
+	go test -v -count=1 -timeout 120m -tags kvmhost,guests -run '^TestAttachKernels$$' \
+		-exec '$(abspath $(FIXTURE)) run --cpu max --guest $(GUESTS) --suite $(SUITE) --timeout 120m --' ./vm-fixtures/tests
 
 .PHONY: test-on-here
 test-on-here: build fixture $(HOST_DEPS)
@@ -206,6 +213,10 @@ bench-capture: deps ## measure what one capture of a vCPU costs; leaves results/
 snapshots: PACKAGES += xz-utils:/usr/bin/xz
 snapshots: fixture ## record anew the guests that unit tests read (golden files change with them: go test -update)
 	vm-fixtures/snapshots.sh $(abspath $(FIXTURE))
+
+.PHONY: bench-attach
+bench-attach: deps ## measure what it takes to attach to guests of each kernel; leaves results/attach
+	go run ./bench/cmd/benchattach
 
 .PHONY: install
 install: built $(if $(DKMS),dkms-install,module-install) ## install what "make" built: module, programs, completions, service

@@ -20,6 +20,7 @@ var programs = []string{
 	module + "/userspace/cmd/kvmaccessd",
 	module + "/bench/cmd/benchinside",
 	module + "/bench/cmd/benchcapture",
+	module + "/bench/cmd/benchattach",
 }
 
 // Build builds the programs of a run into a directory, statically: they run in

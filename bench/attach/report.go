@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: MIT
+
+package attach
+
+import (
+	"bytes"
+	_ "embed"
+	"encoding/csv"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"image/color"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"text/template"
+
+	"github.com/montanaflynn/stats"
+	"gonum.org/v1/plot"
+	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/vg"
+
+	"github.com/kvmaccess/kvmaccess/bench/report"
+)
+
+// Report is what a measurement of all kernels gave.
+type Report struct {
+	Command string
+	Date    string
+	Host    string // kernel of the emulated host
+	Load    string // of the emulating machine meanwhile: load averages before and after
+	Rows    []Row
+	Machine report.Machine
+}
+
+// Summarize fills in the times of a run's rows.
+func (r *Run) Summarize() error {
+	for i := range r.Rows {
+		row := &r.Rows[i]
+		for kind, to := range map[Kind]struct {
+			seconds *float64
+			bytes   *uint64
+		}{Cold: {&row.AttachCold, &row.BytesRead}, Cached: {&row.AttachCached, &row.BytesCached}} {
+			var seconds, bytes []float64
+			for _, s := range r.Samples {
+				if s.Guest == row.Guest && s.Kind == kind {
+					seconds, bytes = append(seconds, s.Seconds), append(bytes, float64(s.Bytes))
+				}
+			}
+			a, err1 := stats.Median(seconds)
+			b, err2 := stats.Median(bytes)
+			if err := errors.Join(err1, err2); err != nil {
+				return fmt.Errorf("%s, %s: %w", row.Guest, kind, err)
+			}
+			*to.seconds, *to.bytes, row.Attachments = a, uint64(b), len(seconds)
+		}
+	}
+	return nil
+}
+
+//go:embed report.md.tmpl
+var text string
+
+var page = template.Must(template.New("report").Funcs(template.FuncMap{
+	"mib": func(n uint64) string { return fmt.Sprintf("%.1f", float64(n)/(1<<20)) },
+	"onoff": func(on bool) string {
+		if on {
+			return "on"
+		}
+		return "off"
+	},
+}).Parse(text))
+
+// Write writes report.md, summary.json, samples.csv and attach.png into a
+// directory. Nothing is written unless all of it can be made.
+func (r *Report) Write(dir string, samples []Sample) error {
+	var md, table, picture bytes.Buffer
+	if err := page.Execute(&md, r); err != nil {
+		return err
+	}
+	if err := writeCSV(&table, samples); err != nil {
+		return err
+	}
+	if err := r.draw(&picture); err != nil {
+		return err
+	}
+	summary, err := json.MarshalIndent(r.Rows, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for name, content := range map[string][]byte{
+		"report.md": md.Bytes(), "summary.json": append(summary, '\n'), "samples.csv": table.Bytes(), "attach.png": picture.Bytes(),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func writeCSV(w io.Writer, samples []Sample) error {
+	out := csv.NewWriter(w)
+	rows := [][]string{{"guest", "kind", "seconds", "bytes", "reads"}}
+	for _, s := range samples {
+		rows = append(rows, []string{
+			s.Guest, string(s.Kind), strconv.FormatFloat(s.Seconds, 'f', 6, 64),
+			strconv.FormatUint(s.Bytes, 10), strconv.FormatUint(s.Reads, 10),
+		})
+	}
+	return out.WriteAll(rows)
+}
+
+// draw draws a bar for each time of each guest.
+func (r *Report) draw(w io.Writer) error {
+	p := plot.New()
+	p.Title.Text = "Time to attach to a guest that was never seen before"
+	p.Y.Label.Text = "seconds of the emulated host (median)"
+	p.Y.Min = 0
+	p.Legend.Top = true
+	width := vg.Points(14)
+	var names []string
+	series := []struct {
+		name   string
+		of     func(Row) float64
+		colour color.Color
+	}{
+		{"cold", func(r Row) float64 { return r.AttachCold }, color.RGBA{R: 0x00, G: 0x9e, B: 0x73, A: 0xff}},
+		{"cached", func(r Row) float64 { return r.AttachCached }, color.RGBA{R: 0xa3, G: 0xdb, B: 0xcb, A: 0xff}},
+	}
+	for i, s := range series {
+		var values plotter.Values
+		for _, row := range r.Rows {
+			values = append(values, s.of(row))
+		}
+		bars, err := plotter.NewBarChart(values, width)
+		if err != nil {
+			return err
+		}
+		bars.Color = s.colour
+		bars.LineStyle.Width = 0
+		bars.Offset = width * vg.Length(2*i-len(series)+1) / 2
+		p.Add(bars)
+		p.Legend.Add(s.name, bars)
+	}
+	for _, row := range r.Rows {
+		names = append(names, row.Guest)
+	}
+	p.NominalX(names...)
+	p.X.Tick.Label.Rotation = 0.6
+	p.X.Tick.Label.XAlign = -1
+	out, err := p.WriterTo(vg.Length(max(6, len(r.Rows)))*vg.Inch, 5*vg.Inch, "png")
+	if err != nil {
+		return err
+	}
+	_, err = out.WriteTo(w)
+	return err
+}
