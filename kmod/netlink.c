@@ -305,7 +305,7 @@ void kvmaccess_netlink_event(struct kvmaccess_vm *vm, enum kvmaccess_cmd cmd)
 lost:
 	nlmsg_free(skb);
 	/* Subscribers see ENOBUFS, as when their own buffer is full. */
-	genl_set_err(&family, &init_net, 0, 0, ENOBUFS);
+	genl_set_err(&family, &init_net, 0, 0, -ENOBUFS);
 }
 
 /* Each dump's position, in netlink_callback::ctx. */
