@@ -58,9 +58,12 @@ type Config struct {
 // DefaultCPU has nested paging, and what a guest's kernel protects itself with.
 const DefaultCPU = "max,la57=off"
 
-// panicArgs make a kernel that is in trouble stop at once.
+// panicArgs make a kernel that is in trouble stop at once. What waits for
+// progress waits for longer than on a real machine: QEMU's thread for timers
+// competes with its CPUs for one lock, and loses where these send each other
+// many interrupts.
 const panicArgs = "panic=-1 oops=panic panic_on_warn=1 softlockup_panic=1 hung_task_panic=1 " +
-	"watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120"
+	"watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=120 workqueue.watchdog_thresh=180"
 
 // alarm matches what a healthy kernel never says.
 var alarm = regexp.MustCompile(`BUG:|WARNING:|\bOops\b|KASAN|UBSAN|KFENCE|possible circular locking|possible recursive locking|` +
