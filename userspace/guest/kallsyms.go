@@ -71,10 +71,18 @@ const (
 	longestToken  = 256
 	longestName   = 1024 // KSYM_NAME_LEN is 128, since 6.1 512
 	fewestMarkers = fewestSymbols / 256
+
+	// mostEffort bounds the search of a section: words looked at and names
+	// followed. A table of mostSymbols takes half of it; one that only looks
+	// like a table takes as much each time that it is there.
+	mostEffort = 4 * mostSymbols
 )
 
 // errNoKallsyms: there is no symbol table, or none that holds together.
 var errNoKallsyms = errors.New("no symbol table")
+
+// errEffort: what looks like symbol tables was followed mostEffort steps long.
+var errEffort = errors.New("too much looks like one")
 
 // digits is what the token table has for the ten digits, each of which stands
 // for itself because symbols' names have all of them.
@@ -88,6 +96,16 @@ type section struct {
 	read func(at int, p []byte) error // more of it; nil: data is all
 	err  error                        // of read
 	lost int                          // bytes that lie in no memory
+
+	effort int // spent on it, of mostEffort
+}
+
+// spend takes steps of the effort, and says whether any is left.
+func (s *section) spend(steps int) error {
+	if s.effort += steps; s.effort > mostEffort {
+		return errEffort
+	}
+	return nil
 }
 
 // loadStep is how much of a section is read at once, in bytes.
@@ -126,8 +144,11 @@ func findKallsyms(s *section, fits func(*kallsyms) error) (*kallsyms, error) {
 			continue
 		}
 		k, err := kallsymsAt(s, from+i, fits)
-		if err == nil {
+		switch {
+		case err == nil:
 			return k, nil
+		case errors.Is(err, errEffort):
+			return nil, fmt.Errorf("%w: %w", errNoKallsyms, err)
 		}
 		nearest = fmt.Errorf("%w that holds together: that with tokens about %#x: %w", errNoKallsyms, s.gva+uint64(from+i), err)
 		from += i + len(digits)
@@ -137,6 +158,9 @@ func findKallsyms(s *section, fits func(*kallsyms) error) (*kallsyms, error) {
 // kallsymsAt makes out the symbol table that has its digits at data[zero:].
 func kallsymsAt(s *section, zero int, fits func(*kallsyms) error) (*kallsyms, error) {
 	k := &kallsyms{}
+	if err := s.spend(len(k.tokens)); err != nil {
+		return nil, err
+	}
 	start, end, err := k.readTokens(s, zero)
 	if err != nil {
 		return nil, err
@@ -228,15 +252,21 @@ func (k *kallsyms) findNames(s *section, tokens int) (int, error) {
 		for start >= 4 && plausibleStep(s.u32(start-4), s.u32(start)) {
 			start -= 4
 		}
+		if err := s.spend((end-start)/4 + 1); err != nil {
+			return 0, err
+		}
 		if s.u32(start) == 0 {
 			// What follows the markers may seem to go on with them.
 			for count := (end-start)/4 + 1; count >= fewestMarkers; count-- {
+				if err := s.spend(1); err != nil {
+					return 0, err
+				}
 				if !endsMarkers(tokens-(start+4*count), count) {
 					continue
 				}
 				names, err := k.namesBefore(s, start, count)
-				if err == nil {
-					return names, nil
+				if err == nil || errors.Is(err, errEffort) {
+					return names, err
 				}
 				if tried++; tried == 16 {
 					return 0, err
@@ -275,6 +305,9 @@ func (k *kallsyms) namesBefore(s *section, markers, count int) (int, error) {
 	// no marker to tell how long they are.
 	first := max(markers-final-256*(longestName+2)-8, 4)
 	for start := s.align(first, 4); start <= markers-final-2; start += 4 {
+		if err := s.spend(1); err != nil {
+			return 0, err
+		}
 		// The number of names, padded to 8 bytes in older kernels.
 		for _, gap := range []int{8, 4} {
 			if start < gap {
@@ -284,7 +317,10 @@ func (k *kallsyms) namesBefore(s *section, markers, count int) (int, error) {
 			if n <= (count-1)*256 || n > count*256 || gap == 8 && s.u32(start-4) != 0 {
 				continue
 			}
-			end, ok := nameChain(s.data[start:markers], s.data[markers:markers+4*count], n)
+			end, followed, ok := nameChain(s.data[start:markers], s.data[markers:markers+4*count], n)
+			if err := s.spend(followed); err != nil {
+				return 0, err
+			}
 			if !ok {
 				continue
 			}
@@ -298,24 +334,25 @@ func (k *kallsyms) namesBefore(s *section, markers, count int) (int, error) {
 	return 0, fmt.Errorf("%d markers end where no names lie", count)
 }
 
-// nameChain follows the lengths of n names and says where they end, and whether
-// they meet each marker and reach the end of data but for padding.
-func nameChain(data, markers []byte, n int) (int, bool) {
+// nameChain follows the lengths of n names and says where they end, how many
+// it followed, and whether they meet each marker and reach the end of data but
+// for padding.
+func nameChain(data, markers []byte, n int) (end, followed int, ok bool) {
 	at := 0
 	for i := range n {
 		if i%256 == 0 && uint32(at) != binary.LittleEndian.Uint32(markers[i/256*4:]) {
-			return 0, false
+			return 0, i, false
 		}
 		length, size := nameLength(data[min(at, len(data)):])
 		if size == 0 || length == 0 || length > longestName {
-			return 0, false
+			return 0, i, false
 		}
 		at += size + length
 	}
 	if at > len(data) || len(data)-at >= 8 {
-		return 0, false
+		return 0, n, false
 	}
-	return at, !slices.ContainsFunc(data[at:], func(b byte) bool { return b != 0 })
+	return at, n, !slices.ContainsFunc(data[at:], func(b byte) bool { return b != 0 })
 }
 
 // nameLength reads how many tokens a name has: 7 bits and, since 6.1 where the

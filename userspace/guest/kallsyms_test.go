@@ -148,6 +148,30 @@ func TestKallsymsBad(t *testing.T) {
 	}
 }
 
+// TestEffort searches what looks like symbol tables and goes on and on: of
+// tokens alone, and of a whole table to which next to no effort is left.
+func TestEffort(t *testing.T) {
+	for name, layout := range symboltable.Layouts {
+		good := symboltable.Encode(madeTable, madeText, madeNames(1300, layout.Addresses == symboltable.Percpu), layout)
+		s := &section{gva: madeTable, data: good}
+		if _, err := findKallsyms(s, hasText(madeText+40*64)); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		took := s.effort
+		if took < 1300 || took > mostEffort/100 {
+			t.Errorf("%s: 1300 symbols took %d of %d", name, took, mostEffort)
+		}
+		s = &section{gva: madeTable, data: good, effort: mostEffort - took + 1}
+		if _, err := findKallsyms(s, hasText(madeText+40*64)); !errors.Is(err, errEffort) || !errors.Is(err, errNoKallsyms) {
+			t.Errorf("%s: with less effort than it takes: %v", name, err)
+		}
+	}
+	s := &section{gva: madeTable, data: bytes.Repeat(digits, mostEffort/256+1)}
+	if _, err := findKallsyms(s, hasText(madeText)); !errors.Is(err, errEffort) {
+		t.Errorf("digits only: %v", err)
+	}
+}
+
 // TestDisplaced moves one symbol, which the order of addresses gives away.
 func TestDisplaced(t *testing.T) {
 	for name, layout := range symboltable.Layouts {

@@ -49,35 +49,19 @@ func main() {
 	}
 }
 
-func attach(ctx context.Context, name string) (*guest.Kernel, error) {
-	d, err := dump.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	return guest.Attach(ctx, d, guest.AttachOptions{})
-}
-
 func run(dir, note, out string) error {
 	ctx := context.Background()
-	k, err := attach(ctx, filepath.Join(dir, "mem.elf"))
+	k, err := prune.Attach(ctx, filepath.Join(dir, "mem.elf"), out, strings.Fields(kept), "FTRACE_")
 	if err != nil {
 		return err
 	}
-	k0, err := attach(ctx, filepath.Join(dir, "mem0.elf"))
+	d, err := dump.Open(filepath.Join(dir, "mem0.elf"))
 	if err != nil {
 		return err
 	}
-	if k.Types == nil {
-		return k.TypesErr
-	}
-	small, err := prune.BTF(k.Types.Raw(), strings.Fields(kept), "FTRACE_")
+	defer d.Close()
+	k0, err := guest.Attach(ctx, d, guest.AttachOptions{})
 	if err != nil {
-		return fmt.Errorf("cut down BTF: %w", err)
-	}
-	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
-		return err
-	}
-	if err := prune.Pack(out+".btf.gz", small); err != nil {
 		return err
 	}
 	bases, err := json.Marshal(k.Bases)
@@ -114,14 +98,7 @@ func run(dir, note, out string) error {
 		} else {
 			s.Notes = map[string]string{"guest": note}
 		}
-		file, err := os.Create(name)
-		if err != nil {
-			return err
-		}
-		if err := s.Write(file); err != nil {
-			return err
-		}
-		if err := file.Close(); err != nil {
+		if err := prune.Write(name, s); err != nil {
 			return err
 		}
 	}

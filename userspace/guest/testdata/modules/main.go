@@ -14,7 +14,6 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -26,10 +25,8 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/cilium/ebpf/btf"
-
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
-	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/testdata/prune"
 )
 
 func main() {
@@ -49,23 +46,8 @@ func main() {
 
 func run(name, kallsyms, stat, out string) error {
 	ctx := context.Background()
-	d, err := dump.Open(name)
+	k, err := prune.Attach(ctx, name, out, strings.Fields(kept))
 	if err != nil {
-		return err
-	}
-	defer d.Close()
-	k, err := guest.Attach(ctx, d, guest.AttachOptions{})
-	if err != nil {
-		return err
-	}
-	if k.Types == nil {
-		return k.TypesErr
-	}
-	small, err := prune(k.Types.Raw())
-	if err != nil {
-		return fmt.Errorf("cut down BTF: %w", err)
-	}
-	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
 		return err
 	}
 	s := &guest.Snapshot{CPUs: k.CPUs, Notes: map[string]string{"root": fmt.Sprintf("%#x", k.Space.Root)}}
@@ -79,17 +61,7 @@ func run(name, kallsyms, stat, out string) error {
 		return fmt.Errorf("doubts %q", k.Doubts)
 	}
 	s.Pages = r.Pages
-	file, err := os.Create(out + ".snapshot")
-	if err != nil {
-		return err
-	}
-	if err := s.Write(file); err != nil {
-		return err
-	}
-	if err := file.Close(); err != nil {
-		return err
-	}
-	if err := pack(out+".btf.gz", small); err != nil {
+	if err := prune.Write(out+".snapshot", s); err != nil {
 		return err
 	}
 	var symbols bytes.Buffer
@@ -98,7 +70,7 @@ func run(name, kallsyms, stat, out string) error {
 			fmt.Fprintf(&symbols, "%016x %c %s\n", sym.Address, sym.Type, sym.Name)
 		}
 	}
-	return pack(out+".kallsyms.gz", symbols.Bytes())
+	return prune.Pack(out+".kallsyms.gz", symbols.Bytes())
 }
 
 // wanted are the symbols that are looked up.
@@ -131,76 +103,6 @@ func truth(notes map[string]string, kallsyms, stat string) error {
 	return nil
 }
 
-func pack(name string, data []byte) error {
-	var out bytes.Buffer
-	z, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
-	if err != nil {
-		return err
-	}
-	if _, err := z.Write(data); err != nil {
-		return err
-	}
-	if err := z.Close(); err != nil {
-		return err
-	}
-	return os.WriteFile(name, out.Bytes(), 0o644)
-}
-
 // kept are the structs that code reads.
 const kept = `module mod_kallsyms kernel_symbol list_head module_layout module_memory module_state
 	bpf_ksym ftrace_ops kprobe_insn_cache kprobe_insn_page timekeeper tk_data`
-
-// prune cuts BTF down to what is kept and what that holds.
-func prune(raw []byte) ([]byte, error) {
-	spec, err := btf.LoadSpecFromReader(bytes.NewReader(raw))
-	if err != nil {
-		return nil, err
-	}
-	seen := map[btf.Type]bool{}
-	var types []btf.Type
-	for _, name := range strings.Fields(kept) {
-		all, err := spec.AnyTypesByName(name)
-		if err != nil {
-			continue // another kernel has it
-		}
-		for _, typ := range all {
-			if v, ok := typ.(*btf.Struct); ok {
-				cut(v, seen)
-				types = append(types, v)
-			}
-		}
-	}
-	b, err := btf.NewBuilder(types, nil)
-	if err != nil {
-		return nil, err
-	}
-	return b.Marshal(nil, nil)
-}
-
-// cut lets pointers lead to nothing.
-func cut(typ btf.Type, seen map[btf.Type]bool) {
-	if seen[typ] {
-		return
-	}
-	seen[typ] = true
-	switch v := typ.(type) {
-	case *btf.Struct:
-		for i := range v.Members {
-			cut(v.Members[i].Type, seen)
-		}
-	case *btf.Union:
-		for i := range v.Members {
-			cut(v.Members[i].Type, seen)
-		}
-	case *btf.Array:
-		cut(v.Type, seen)
-	case *btf.Typedef:
-		cut(v.Type, seen)
-	case *btf.Const:
-		cut(v.Type, seen)
-	case *btf.Volatile:
-		cut(v.Type, seen)
-	case *btf.Pointer:
-		v.Target = (*btf.Void)(nil)
-	}
-}

@@ -27,7 +27,6 @@ import (
 	"strings"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
-	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
 	"github.com/kvmaccess/kvmaccess/userspace/guest/testdata/prune"
 )
 
@@ -51,26 +50,8 @@ func main() {
 
 func run(name string, proc map[string]string, note, out string) error {
 	ctx := context.Background()
-	d, err := dump.Open(name)
+	k, err := prune.Attach(ctx, name, out, strings.Fields(kept))
 	if err != nil {
-		return err
-	}
-	defer d.Close()
-	k, err := guest.Attach(ctx, d, guest.AttachOptions{})
-	if err != nil {
-		return err
-	}
-	if k.Types == nil {
-		return k.TypesErr
-	}
-	small, err := prune.BTF(k.Types.Raw(), strings.Fields(kept))
-	if err != nil {
-		return fmt.Errorf("cut down BTF: %w", err)
-	}
-	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
-		return err
-	}
-	if err := prune.Pack(out+".btf.gz", small); err != nil {
 		return err
 	}
 	s := &guest.Snapshot{CPUs: k.CPUs, Notes: map[string]string{
@@ -89,14 +70,7 @@ func run(name string, proc map[string]string, note, out string) error {
 		return err
 	}
 	s.Pages = r.Pages
-	file, err := os.Create(out + ".snapshot")
-	if err != nil {
-		return err
-	}
-	if err := s.Write(file); err != nil {
-		return err
-	}
-	if err := file.Close(); err != nil {
+	if err := prune.Write(out+".snapshot", s); err != nil {
 		return err
 	}
 	return prune.Pack(out+".kallsyms.gz", symbols(k.Image))

@@ -6,12 +6,51 @@ package prune
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf/btf"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
 )
+
+// Attach attaches to the guest in a memory dump, which stays open. Its types
+// are cut down as BTF does, and written to out.btf.gz.
+func Attach(ctx context.Context, name, out string, types []string, enums ...string) (*guest.Kernel, error) {
+	d, err := dump.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	k, err := guest.Attach(ctx, d, guest.AttachOptions{})
+	if err != nil {
+		return nil, err
+	}
+	if k.Types == nil {
+		return nil, k.TypesErr
+	}
+	small, err := BTF(k.Types.Raw(), types, enums...)
+	if err != nil {
+		return nil, fmt.Errorf("cut down BTF: %w", err)
+	}
+	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
+		return nil, err
+	}
+	return k, Pack(out+".btf.gz", small)
+}
+
+// Write writes a snapshot to a file.
+func Write(name string, s *guest.Snapshot) error {
+	file, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(s.Write(file), file.Close())
+}
 
 // Pack writes a file compressed by gzip.
 func Pack(name string, data []byte) error {

@@ -27,7 +27,6 @@ import (
 	"strings"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
-	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
 	"github.com/kvmaccess/kvmaccess/userspace/guest/testdata/prune"
 	"github.com/kvmaccess/kvmaccess/userspace/guest/vmlinux"
 )
@@ -66,26 +65,8 @@ func run(file, name, note, out string) error {
 	if err != nil {
 		return err
 	}
-	d, err := dump.Open(name)
+	k, err := prune.Attach(ctx, name, out, strings.Fields(kept), "FTRACE_")
 	if err != nil {
-		return err
-	}
-	defer d.Close()
-	k, err := guest.Attach(ctx, d, guest.AttachOptions{})
-	if err != nil {
-		return err
-	}
-	if k.Types == nil {
-		return k.TypesErr
-	}
-	small, err := prune.BTF(k.Types.Raw(), strings.Fields(kept), "FTRACE_")
-	if err != nil {
-		return fmt.Errorf("cut down BTF: %w", err)
-	}
-	if k.Types, err = guest.ParseTypes(small, nil); err != nil {
-		return err
-	}
-	if err := prune.Pack(out+".btf.gz", small); err != nil {
 		return err
 	}
 	start, err := choose(ctx, f, k)
@@ -125,14 +106,7 @@ func run(file, name, note, out string) error {
 		"guest": note, "release": k.Fingerprint.Release, "build-id": k.Fingerprint.BuildID, "bases": string(bases),
 		"root": fmt.Sprintf("%#x", k.Space.Root), "text": fmt.Sprintf("%#x", start),
 	}}
-	w, err := os.Create(out + ".snapshot")
-	if err != nil {
-		return err
-	}
-	if err := s.Write(w); err != nil {
-		return err
-	}
-	if err := w.Close(); err != nil {
+	if err := prune.Write(out+".snapshot", s); err != nil {
 		return err
 	}
 	fmt.Println(out, counts)
