@@ -27,7 +27,15 @@ void kvmaccess_account_op(struct kvmaccess_account *vm, enum kvmaccess_cmd cmd,
 		op_add(&vm->ops[cmd], ns, err, bytes);
 }
 
-/* The module's own total is the worker's run time, not a sum of these. */
+/* A tick of a watch, which is the account of its events. */
+void kvmaccess_account_tick(struct kvmaccess_account *vm, u64 ns, u64 bytes)
+{
+	op_add(&kvmaccess_account.ops[KVMACCESS_CMD_WATCH_EVENT], ns, 0, bytes);
+	op_add(&vm->ops[KVMACCESS_CMD_WATCH_EVENT], ns, 0, bytes);
+	kvmaccess_account_worker(vm, ns);
+}
+
+/* The module's own total is the workers' run time, not a sum of these. */
 void kvmaccess_account_worker(struct kvmaccess_account *vm, u64 ns)
 {
 	atomic64_add(ns, &vm->worker);

@@ -15,7 +15,7 @@ struct kvmaccess_account_op {
 
 /* What was done and what it cost: one for each VM and one for all. */
 struct kvmaccess_account {
-	struct kvmaccess_account_op ops[KVMACCESS_CMD_STATS + 1];
+	struct kvmaccess_account_op ops[KVMACCESS_CMD_WATCH_EVENT + 1];
 	atomic64_t worker;	/* ns */
 	atomic64_t interrupt;	/* ns */
 	atomic64_t captures;
@@ -28,6 +28,7 @@ extern struct kvmaccess_account kvmaccess_account;
 
 void kvmaccess_account_op(struct kvmaccess_account *vm, enum kvmaccess_cmd cmd,
 			  u64 start, int err, u64 bytes);
+void kvmaccess_account_tick(struct kvmaccess_account *vm, u64 ns, u64 bytes);
 void kvmaccess_account_worker(struct kvmaccess_account *vm, u64 ns);
 void kvmaccess_account_capture(struct kvmaccess_account *vm, u32 retries,
 			       u32 interrupts, u64 interrupt);

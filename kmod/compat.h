@@ -3,7 +3,9 @@
 #ifndef _KVMACCESS_COMPAT_H
 #define _KVMACCESS_COMPAT_H
 
+#include <linux/ftrace.h>
 #include <linux/genetlink.h>
+#include <linux/hrtimer.h>
 #include <linux/kvm_host.h>
 #include <linux/version.h>
 #include <net/genetlink.h>
@@ -95,6 +97,31 @@ static inline bool kvmaccess_compat_has_npt(const struct vmcb *vmcb)
 	return vmcb->control.nested_ctl & SVM_NESTED_CTL_NP_ENABLE;
 #else
 	return vmcb->control.misc_ctl & SVM_MISC_ENABLE_NP;
+#endif
+}
+
+/* "ftrace: abstract DYNAMIC_FTRACE_WITH_ARGS accesses", 6.2 */
+#ifdef CONFIG_DYNAMIC_FTRACE_WITH_ARGS
+static __always_inline unsigned long
+kvmaccess_compat_argument(struct ftrace_regs *regs)
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 2, 0)
+	return ftrace_regs_get_argument(regs, 0);
+#else
+	return regs_get_kernel_argument(&regs->regs, 0);
+#endif
+}
+#endif
+
+/* "hrtimers: Introduce hrtimer_setup() to replace hrtimer_init()", 6.13 */
+static inline void kvmaccess_compat_timer(struct hrtimer *timer,
+					  enum hrtimer_restart (*fn)(struct hrtimer *))
+{
+#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 13, 0)
+	hrtimer_setup(timer, fn, CLOCK_MONOTONIC, HRTIMER_MODE_REL);
+#else
+	hrtimer_init(timer, CLOCK_MONOTONIC, HRTIMER_MODE_REL);
+	timer->function = fn;
 #endif
 }
 

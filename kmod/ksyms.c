@@ -84,6 +84,7 @@ int __init kvmaccess_ksyms_init(void)
 	k->get_cr8 = (const void *)find(lookup, "kvm:kvm_get_cr8");
 	k->vcpu_load = (const void *)find(lookup, "kvm:vcpu_load");
 	k->vcpu_put = (const void *)find(lookup, "kvm:vcpu_put");
+	k->destroy_vm = find(lookup, "kvm:kvm_arch_destroy_vm");
 
 	return k->lock && k->vms ? 0 : -EOPNOTSUPP;
 }

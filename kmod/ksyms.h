@@ -22,6 +22,7 @@ struct kvmaccess_ksyms {
 	const void *get_cr8;
 	const void *vcpu_load;
 	const void *vcpu_put;
+	unsigned long destroy_vm;	/* kvm_arch_destroy_vm(), to be hooked */
 };
 
 extern struct kvmaccess_ksyms kvmaccess_ksyms;

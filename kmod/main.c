@@ -8,6 +8,7 @@
 #include "vcpu.h"
 #include "version.h"
 #include "vm.h"
+#include "watch.h"
 
 static int __init kvmaccess_init(void)
 {
@@ -22,9 +23,13 @@ static int __init kvmaccess_init(void)
 	if (err)
 		return err;
 
-	err = kvmaccess_vm_init();
+	err = kvmaccess_watch_init();
 	if (err)
 		goto err_memory;
+
+	err = kvmaccess_vm_init();
+	if (err)
+		goto err_watch;
 
 	err = kvmaccess_netlink_init();
 	if (err)
@@ -39,6 +44,9 @@ static int __init kvmaccess_init(void)
 err_vm:
 	kvmaccess_vm_stop();
 	kvmaccess_vm_exit();
+err_watch:
+	kvmaccess_watch_stop();
+	kvmaccess_watch_exit();
 err_memory:
 	kvmaccess_memory_exit();
 	return err;
@@ -46,9 +54,14 @@ err_memory:
 
 static void __exit kvmaccess_exit(void)
 {
-	/* In this order: no new request finds a VM, then there are no requests. */
+	/*
+	 * In this order: no watch finds a VM, then no new request does, then
+	 * there are no requests.
+	 */
+	kvmaccess_watch_stop();
 	kvmaccess_vm_stop();
 	kvmaccess_netlink_exit();
+	kvmaccess_watch_exit();
 	kvmaccess_vm_exit();
 	kvmaccess_memory_exit();
 }

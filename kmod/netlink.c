@@ -17,14 +17,11 @@
 #include "ksyms.h"
 #include "memory.h"
 #include "netlink.h"
+#include "request.h"
 #include "vcpu.h"
 #include "version.h"
 #include "vm.h"
-
-/* Room for everything in a reply but the bytes of guest memory. */
-#define REPLY_SIZE NLMSG_DEFAULT_SIZE
-
-static struct genl_family family;
+#include "watch.h"
 
 /* Takes none; with no policy at all it would take any. */
 static const struct nla_policy info_policy[] = {
@@ -70,51 +67,13 @@ static const struct nla_policy stats_policy[] = {
 	[KVMACCESS_A_STATS_VM_ID]	= { .type = NLA_U64 },
 };
 
-/*
- * Beyond what GENL_ADMIN_PERM asks for: of the opener of the socket, and of
- * the sender of this message.
- */
-static int check_capable(struct sk_buff *skb, struct netlink_ext_ack *extack)
-{
-	if (netlink_capable(skb, CAP_SYS_ADMIN))
-		return 0;
-	NL_SET_ERR_MSG(extack, "reading guests needs CAP_SYS_ADMIN in the initial user namespace");
-	return -EPERM;
-}
-
-/* NL_SET_ERR_MSG() takes literals only. */
-static void explain(struct netlink_ext_ack *extack, const char *text)
-{
-	if (extack)
-		extack->_msg = text;
-}
-
-static int miss(struct netlink_ext_ack *extack, const char *text)
-{
-	explain(extack, text);
-	return -EINVAL;
-}
-
-static struct kvmaccess_vm *get_vm(struct nlattr *attr,
-				   struct netlink_ext_ack *extack)
-{
-	struct kvmaccess_vm *vm;
-
-	if (!attr)
-		return ERR_PTR(miss(extack, "VM_ID is missing"));
-	vm = kvmaccess_vm_get(nla_get_u64(attr), extack);
-	if (IS_ERR(vm))
-		NL_SET_BAD_ATTR(extack, attr);
-	return vm;
-}
-
 static struct kvm_vcpu *get_vcpu(struct kvmaccess_vm *vm, struct nlattr *attr,
 				 struct netlink_ext_ack *extack)
 {
 	struct kvm_vcpu *vcpu;
 
 	if (!attr)
-		return ERR_PTR(miss(extack, "the id of the vCPU is missing"));
+		return ERR_PTR(kvmaccess_request_miss(extack, "the id of the vCPU is missing"));
 	vcpu = kvmaccess_vm_vcpu(vm, nla_get_u32(attr));
 	if (!vcpu) {
 		NL_SET_ERR_MSG_ATTR(extack, attr, "the VM has no vCPU with this id");
@@ -123,83 +82,12 @@ static struct kvm_vcpu *get_vcpu(struct kvmaccess_vm *vm, struct nlattr *attr,
 	return vcpu;
 }
 
-static int put_u64(struct sk_buff *skb, int attr, u64 value)
-{
-	/* The PAD of every set here is 1. */
-	return nla_put_u64_64bit(skb, attr, value, 1);
-}
-
-/* A request that one message answers. */
-struct request {
-	struct genl_info *info;
-	struct kvmaccess_vm *vm;	/* held; NULL where the request is about none */
-	struct sk_buff *skb;		/* the reply */
-	void *head;
-	u64 start;
-};
-
-/* The command, which is the index of its account as well. */
-static enum kvmaccess_cmd request_cmd(const struct request *r)
-{
-	return r->info->genlhdr->cmd;
-}
-
-/*
- * Begin what request_end() ends: hold the VM and allocate a reply with room
- * for @size bytes of attributes. Nothing is to be ended after an error.
- */
-static int request_begin(struct request *r, struct genl_info *info,
-			 struct nlattr *vm, bool needs_vm, size_t size)
-{
-	int err;
-
-	*r = (struct request){ .info = info, .start = ktime_get_ns() };
-
-	if (vm || needs_vm) {
-		r->vm = get_vm(vm, info->extack);
-		if (IS_ERR(r->vm)) {
-			err = PTR_ERR(r->vm);
-			kvmaccess_account_op(NULL, request_cmd(r), r->start, err, 0);
-			return err;
-		}
-	}
-
-	err = -ENOMEM;
-	r->skb = genlmsg_new(size, GFP_KERNEL);
-	if (!r->skb)
-		goto err_vm;
-	r->head = genlmsg_put_reply(r->skb, info, &family, 0, info->genlhdr->cmd);
-	if (r->head)
-		return 0;
-
-	nlmsg_free(r->skb);
-err_vm:
-	if (r->vm)
-		kvmaccess_vm_put(r->vm);
-	return err;
-}
-
-/* Account for the request, let go of its VM, and send the reply unless @err. */
-static int request_end(struct request *r, int err, u64 bytes)
-{
-	kvmaccess_account_op(r->vm ? &r->vm->account : NULL, request_cmd(r),
-			     r->start, err, bytes);
-	if (r->vm)
-		kvmaccess_vm_put(r->vm);
-	if (err) {
-		nlmsg_free(r->skb);
-		return err;
-	}
-	genlmsg_end(r->skb, r->head);
-	return genlmsg_reply(r->skb, r->info);
-}
-
 /* INFO */
 
 static int info_fill(struct sk_buff *skb)
 {
 	const struct kvmaccess_vcpu_vendor *vendor = kvmaccess_vcpu_vendor();
-	u32 caps = KVMACCESS_CAP_MEMORY;
+	u32 caps = KVMACCESS_CAP_MEMORY | KVMACCESS_CAP_WATCH;
 	const char *missing;
 	unsigned int i;
 
@@ -225,15 +113,15 @@ static int info_fill(struct sk_buff *skb)
 
 static int info_doit(struct sk_buff *skb, struct genl_info *info)
 {
-	struct request r;
+	struct kvmaccess_request r;
 	int err;
 
-	err = check_capable(skb, info->extack);
+	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
-		err = request_begin(&r, info, NULL, false, REPLY_SIZE);
+		err = kvmaccess_request_begin(&r, info, NULL, false, KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
-	return request_end(&r, info_fill(r.skb), 0);
+	return kvmaccess_request_end(&r, info_fill(r.skb), 0);
 }
 
 /* VM_GET, and the events */
@@ -261,16 +149,16 @@ static int vm_fill_held(struct sk_buff *skb, struct kvmaccess_vm *vm)
 
 static int vm_doit(struct sk_buff *skb, struct genl_info *info)
 {
-	struct request r;
+	struct kvmaccess_request r;
 	int err;
 
-	err = check_capable(skb, info->extack);
+	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
-		err = request_begin(&r, info, info->attrs[KVMACCESS_A_VM_ID], true,
-				    REPLY_SIZE);
+		err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_VM_ID], true,
+				    KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
-	return request_end(&r, vm_fill_held(r.skb, r.vm), 0);
+	return kvmaccess_request_end(&r, vm_fill_held(r.skb, r.vm), 0);
 }
 
 /*
@@ -285,11 +173,11 @@ void kvmaccess_netlink_event(struct kvmaccess_vm *vm, enum kvmaccess_cmd cmd)
 
 	atomic64_inc(&kvmaccess_account.events);
 	atomic64_inc(&vm->account.events);
-	if (!genl_has_listeners(&family, &init_net, 0))
+	if (!genl_has_listeners(&kvmaccess_netlink_family, &init_net, 0))
 		return;
 
-	skb = genlmsg_new(REPLY_SIZE, GFP_KERNEL);
-	head = skb ? genlmsg_put(skb, 0, 0, &family, 0, cmd) : NULL;
+	skb = genlmsg_new(KVMACCESS_REPLY_SIZE, GFP_KERNEL);
+	head = skb ? genlmsg_put(skb, 0, 0, &kvmaccess_netlink_family, 0, cmd) : NULL;
 	if (!head)
 		goto lost;
 	if (cmd == KVMACCESS_CMD_VM_CREATED)
@@ -299,13 +187,13 @@ void kvmaccess_netlink_event(struct kvmaccess_vm *vm, enum kvmaccess_cmd cmd)
 	if (vm_fill(skb, &info))
 		goto lost;
 	genlmsg_end(skb, head);
-	genlmsg_multicast(&family, skb, 0, 0, GFP_KERNEL);
+	genlmsg_multicast(&kvmaccess_netlink_family, skb, 0, 0, GFP_KERNEL);
 	return;
 
 lost:
 	nlmsg_free(skb);
 	/* Subscribers see ENOBUFS, as when their own buffer is full. */
-	genl_set_err(&family, &init_net, 0, 0, -ENOBUFS);
+	genl_set_err(&kvmaccess_netlink_family, &init_net, 0, 0, -ENOBUFS);
 }
 
 /* Each dump's position, in netlink_callback::ctx. */
@@ -313,21 +201,6 @@ struct vm_cursor {
 	u64 id;
 	u64 last;
 };
-
-static int dump_start(struct netlink_callback *cb)
-{
-	return check_capable(cb->skb, cb->extack);
-}
-
-static void *dump_put(struct sk_buff *skb, struct netlink_callback *cb, u8 cmd)
-{
-	void *head = genlmsg_put(skb, NETLINK_CB(cb->skb).portid, cb->nlh->nlmsg_seq,
-				 &family, NLM_F_MULTI, cmd);
-
-	if (head)
-		genl_dump_check_consistent(cb, head);
-	return head;
-}
 
 /* Dump one message for each VM, by rising id. */
 static int dump_vms(struct sk_buff *skb, struct netlink_callback *cb, enum kvmaccess_cmd cmd,
@@ -351,7 +224,7 @@ static int dump_vms(struct sk_buff *skb, struct netlink_callback *cb, enum kvmac
 		if (!vm)
 			return skb->len;
 		cb->seq = kvmaccess_vm_generation();
-		head = dump_put(skb, cb, cmd);
+		head = kvmaccess_request_put(skb, cb, cmd);
 		err = head ? fill(skb, vm) : -EMSGSIZE;
 		if (!err) {
 			genlmsg_end(skb, head);
@@ -392,18 +265,18 @@ static int memslot_doit(struct sk_buff *skb, struct genl_info *info)
 	struct nlattr *as_attr = info->attrs[KVMACCESS_A_MEMSLOT_AS_ID];
 	struct nlattr *attr = info->attrs[KVMACCESS_A_MEMSLOT_SLOT];
 	struct kvm_memory_slot *slot = NULL;
-	struct request r;
+	struct kvmaccess_request r;
 	struct kvm *kvm;
 	u32 as_id;
 	int err, idx;
 
-	err = check_capable(skb, info->extack);
+	err = kvmaccess_request_check(skb, info->extack);
 	if (err)
 		return err;
 	if (!attr)
-		return miss(info->extack, "SLOT is missing");
-	err = request_begin(&r, info, info->attrs[KVMACCESS_A_MEMSLOT_VM_ID], true,
-			    REPLY_SIZE);
+		return kvmaccess_request_miss(info->extack, "SLOT is missing");
+	err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_MEMSLOT_VM_ID], true,
+			    KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
 
@@ -419,7 +292,7 @@ static int memslot_doit(struct sk_buff *skb, struct genl_info *info)
 		err = -ENXIO;
 	}
 	srcu_read_unlock(&kvm->srcu, idx);
-	return request_end(&r, err, 0);
+	return kvmaccess_request_end(&r, err, 0);
 }
 
 struct memslot_cursor {
@@ -438,7 +311,7 @@ static int memslot_start(struct netlink_callback *cb)
 
 	/* No id is 0. An explanation can be given from the dump on only. */
 	cursor->vm_id = attr ? nla_get_u64(attr) : 0;
-	return check_capable(cb->skb, cb->extack);
+	return kvmaccess_request_check(cb->skb, cb->extack);
 }
 
 /* A memslot that changes while they are dumped interrupts the dump. */
@@ -466,7 +339,7 @@ static int memslot_dump_as(struct sk_buff *skb, struct netlink_callback *cb,
 		if (iter.slot->base_gfn < cursor->gfn)
 			continue;
 		start = ktime_get_ns();
-		head = dump_put(skb, cb, KVMACCESS_CMD_MEMSLOT_GET);
+		head = kvmaccess_request_put(skb, cb, KVMACCESS_CMD_MEMSLOT_GET);
 		if (!head)
 			return -EMSGSIZE;
 		if (memslot_fill(skb, vm, iter.slot, cursor->as_id)) {
@@ -489,7 +362,7 @@ static int memslot_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 	if (cursor->done)
 		return 0;
 	if (!cursor->vm_id)
-		return miss(cb->extack, "VM_ID is missing");
+		return kvmaccess_request_miss(cb->extack, "VM_ID is missing");
 	vm = kvmaccess_vm_get(cursor->vm_id, cb->extack);
 	if (IS_ERR(vm))
 		return PTR_ERR(vm);
@@ -656,22 +529,22 @@ static int vcpu_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	struct kvmaccess_vcpu_state *state;
 	struct kvm_vcpu *vcpu;
-	struct request r;
+	struct kvmaccess_request r;
 	int err;
 
-	err = check_capable(skb, info->extack);
+	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
-		err = request_begin(&r, info, info->attrs[KVMACCESS_A_VCPU_VM_ID], true,
-				    REPLY_SIZE);
+		err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_VCPU_VM_ID], true,
+				    KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
 
 	state = capture(r.vm, info->attrs[KVMACCESS_A_VCPU_ID], &vcpu, info->extack);
 	if (IS_ERR(state))
-		return request_end(&r, PTR_ERR(state), 0);
+		return kvmaccess_request_end(&r, PTR_ERR(state), 0);
 	err = vcpu_fill(r.skb, r.vm, vcpu, state);
 	kfree(state);
-	return request_end(&r, err, 0);
+	return kvmaccess_request_end(&r, err, 0);
 }
 
 struct vcpu_cursor {
@@ -688,7 +561,7 @@ static int vcpu_start(struct netlink_callback *cb)
 
 	/* No id is 0. An explanation can be given from the dump on only. */
 	cursor->vm_id = attr ? nla_get_u64(attr) : 0;
-	return check_capable(cb->skb, cb->extack);
+	return kvmaccess_request_check(cb->skb, cb->extack);
 }
 
 static int vcpu_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
@@ -701,7 +574,7 @@ static int vcpu_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 	void *head;
 
 	if (!cursor->vm_id)
-		return miss(cb->extack, "VM_ID is missing");
+		return kvmaccess_request_miss(cb->extack, "VM_ID is missing");
 	vm = kvmaccess_vm_get(cursor->vm_id, cb->extack);
 	if (IS_ERR(vm))
 		return PTR_ERR(vm);
@@ -718,7 +591,7 @@ static int vcpu_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
 		err = kvmaccess_vcpu_capture(vm, vcpu, state, cb->extack);
 		if (err)
 			break;
-		head = dump_put(skb, cb, KVMACCESS_CMD_VCPU_GET);
+		head = kvmaccess_request_put(skb, cb, KVMACCESS_CMD_VCPU_GET);
 		if (!head) {
 			err = -EMSGSIZE;
 			break;
@@ -811,7 +684,7 @@ static int check_ranges(struct genl_info *info, unsigned int *count, u32 *bytes)
 		}
 		*bytes += range.length;
 	}
-	return *count ? 0 : miss(extack, "RANGE is missing");
+	return *count ? 0 : kvmaccess_request_miss(extack, "RANGE is missing");
 }
 
 static int mem_fill_range(struct kvmaccess_memory *memory, struct mem_job *job,
@@ -909,21 +782,21 @@ static int mem_doit(struct sk_buff *skb, struct genl_info *info)
 {
 	struct mem_job job = { .info = info };
 	unsigned int count;
-	struct request r;
+	struct kvmaccess_request r;
 	u32 bytes, as_id = 0;
 	int err;
 
-	err = check_capable(skb, info->extack);
+	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
 		err = check_ranges(info, &count, &bytes);
 	if (err)
 		return err;
 	job.is_virtual = info->attrs[KVMACCESS_A_MEM_VCPU_ID];
 	if (info->attrs[KVMACCESS_A_MEM_ROOT] && !job.is_virtual)
-		return miss(info->extack, "ROOT needs VCPU_ID, whose paging mode it is used in");
+		return kvmaccess_request_miss(info->extack, "ROOT needs VCPU_ID, whose paging mode it is used in");
 
 	/* At most 33 KiB, by constants only. */
-	err = request_begin(&r, info, info->attrs[KVMACCESS_A_MEM_VM_ID], true,
+	err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_MEM_VM_ID], true,
 			    bytes + count * 64 + 256);
 	if (err)
 		return err;
@@ -937,9 +810,9 @@ static int mem_doit(struct sk_buff *skb, struct genl_info *info)
 		if (!err && !job.read)
 			err = job.first_err;
 		if (err)
-			explain(info->extack, kvmaccess_memory_strerror(err));
+			kvmaccess_request_explain(info->extack, kvmaccess_memory_strerror(err));
 	}
-	return request_end(&r, err, job.bytes);
+	return kvmaccess_request_end(&r, err, job.bytes);
 }
 
 /* TABLE_GET */
@@ -1002,7 +875,7 @@ static int table_fill(struct sk_buff *skb, struct kvmaccess_vm *vm,
 
 	err = kvmaccess_memory_run(vm, state->as_id, table_read, &job);
 	if (err)
-		explain(info->extack, kvmaccess_memory_strerror(err));
+		kvmaccess_request_explain(info->extack, kvmaccess_memory_strerror(err));
 	else
 		*bytes = job.length;
 	return err;
@@ -1014,15 +887,15 @@ static int table_doit(struct sk_buff *skb, struct genl_info *info)
 	struct nlattr *len = info->attrs[KVMACCESS_A_TABLE_LENGTH];
 	struct kvmaccess_vcpu_state *state;
 	struct kvm_vcpu *vcpu;
-	struct request r;
+	struct kvmaccess_request r;
 	u32 bytes = 0;
 	int err;
 
-	err = check_capable(skb, info->extack);
+	err = kvmaccess_request_check(skb, info->extack);
 	if (err)
 		return err;
 	if (!kind)
-		return miss(info->extack, "KIND is missing");
+		return kvmaccess_request_miss(info->extack, "KIND is missing");
 	if (nla_get_u32(kind) != KVMACCESS_TABLE_GDT && nla_get_u32(kind) != KVMACCESS_TABLE_IDT) {
 		NL_SET_ERR_MSG_ATTR(info->extack, kind, "KIND is neither GDT nor IDT");
 		return -EINVAL;
@@ -1037,17 +910,17 @@ static int table_doit(struct sk_buff *skb, struct genl_info *info)
 		return -E2BIG;
 	}
 
-	err = request_begin(&r, info, info->attrs[KVMACCESS_A_TABLE_VM_ID], true,
+	err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_TABLE_VM_ID], true,
 			    KVMACCESS_MAX_BYTES + 256);
 	if (err)
 		return err;
 	state = capture_paging(r.vm, info->attrs[KVMACCESS_A_TABLE_VCPU_ID], &vcpu,
 			       info->extack);
 	if (IS_ERR(state))
-		return request_end(&r, PTR_ERR(state), 0);
+		return kvmaccess_request_end(&r, PTR_ERR(state), 0);
 	err = table_fill(r.skb, r.vm, vcpu, info, state, &bytes);
 	kfree(state);
-	return request_end(&r, err, bytes);
+	return kvmaccess_request_end(&r, err, bytes);
 }
 
 /* STATS */
@@ -1075,7 +948,8 @@ static int stats_fill(struct sk_buff *skb, struct kvmaccess_vm *vm)
 
 	if ((vm && put_u64(skb, KVMACCESS_A_STATS_VM_ID, vm->id)) ||
 	    put_u64(skb, KVMACCESS_A_STATS_WORKER,
-		    vm ? atomic64_read(&a->worker) : kvmaccess_memory_worker_time()) ||
+		    vm ? atomic64_read(&a->worker) :
+		    kvmaccess_memory_worker_time() + kvmaccess_watch_worker_time()) ||
 	    put_u64(skb, KVMACCESS_A_STATS_INTERRUPT, atomic64_read(&a->interrupt)) ||
 	    put_u64(skb, KVMACCESS_A_STATS_CAPTURES, atomic64_read(&a->captures)) ||
 	    put_u64(skb, KVMACCESS_A_STATS_RETRIES, atomic64_read(&a->retries)) ||
@@ -1084,6 +958,8 @@ static int stats_fill(struct sk_buff *skb, struct kvmaccess_vm *vm)
 		return -EMSGSIZE;
 
 	for (cmd = KVMACCESS_CMD_INFO; cmd < ARRAY_SIZE(a->ops); cmd++) {
+		if (cmd == KVMACCESS_CMD_VM_CREATED || cmd == KVMACCESS_CMD_VM_DESTROYED)
+			continue;
 		if (op_fill(skb, cmd, &a->ops[cmd]))
 			return -EMSGSIZE;
 	}
@@ -1092,16 +968,16 @@ static int stats_fill(struct sk_buff *skb, struct kvmaccess_vm *vm)
 
 static int stats_doit(struct sk_buff *skb, struct genl_info *info)
 {
-	struct request r;
+	struct kvmaccess_request r;
 	int err;
 
-	err = check_capable(skb, info->extack);
+	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
-		err = request_begin(&r, info, info->attrs[KVMACCESS_A_STATS_VM_ID], false,
-				    REPLY_SIZE);
+		err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_STATS_VM_ID], false,
+				    KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
-	return request_end(&r, stats_fill(r.skb, r.vm), 0);
+	return kvmaccess_request_end(&r, stats_fill(r.skb, r.vm), 0);
 }
 
 static int stats_dumpit(struct sk_buff *skb, struct netlink_callback *cb)
@@ -1120,7 +996,7 @@ static const struct genl_ops ops[] = {
 		.cmd	 = KVMACCESS_CMD_VM_GET,
 		.flags	 = GENL_ADMIN_PERM,
 		.doit	 = vm_doit,
-		.start	 = dump_start,
+		.start	 = kvmaccess_request_dump,
 		.dumpit	 = vm_dumpit,
 		.policy	 = vm_policy,
 		.maxattr = ARRAY_SIZE(vm_policy) - 1,
@@ -1156,10 +1032,36 @@ static const struct genl_ops ops[] = {
 		.cmd	 = KVMACCESS_CMD_STATS,
 		.flags	 = GENL_ADMIN_PERM,
 		.doit	 = stats_doit,
-		.start	 = dump_start,
+		.start	 = kvmaccess_request_dump,
 		.dumpit	 = stats_dumpit,
 		.policy	 = stats_policy,
 		.maxattr = ARRAY_SIZE(stats_policy) - 1,
+	}, {
+		.cmd	 = KVMACCESS_CMD_WATCH_NEW,
+		.flags	 = GENL_ADMIN_PERM,
+		.doit	 = kvmaccess_netlink_watch_new,
+		.policy	 = kvmaccess_netlink_watch_new_policy,
+		.maxattr = KVMACCESS_A_WATCH_KEY,
+	}, {
+		.cmd	 = KVMACCESS_CMD_WATCH_ADD,
+		.flags	 = GENL_ADMIN_PERM,
+		.doit	 = kvmaccess_netlink_watch_add,
+		.policy	 = kvmaccess_netlink_watch_add_policy,
+		.maxattr = KVMACCESS_A_WATCH_ITEM,
+	}, {
+		.cmd	 = KVMACCESS_CMD_WATCH_DEL,
+		.flags	 = GENL_ADMIN_PERM,
+		.doit	 = kvmaccess_netlink_watch_del,
+		.policy	 = kvmaccess_netlink_watch_del_policy,
+		.maxattr = KVMACCESS_A_WATCH_COOKIE,
+	}, {
+		.cmd	 = KVMACCESS_CMD_WATCH_GET,
+		.flags	 = GENL_ADMIN_PERM,
+		.doit	 = kvmaccess_netlink_watch_get,
+		.start	 = kvmaccess_request_dump,
+		.dumpit	 = kvmaccess_netlink_watch_dump,
+		.policy	 = kvmaccess_netlink_watch_get_policy,
+		.maxattr = KVMACCESS_A_WATCH_ID,
 	},
 };
 
@@ -1167,7 +1069,7 @@ static const struct genl_multicast_group groups[] = {
 	{ .name = KVMACCESS_MCGRP_VM, .flags = GENL_MCAST_CAP_SYS_ADMIN },
 };
 
-static struct genl_family family __ro_after_init = {
+struct genl_family kvmaccess_netlink_family __ro_after_init = {
 	.name		= KVMACCESS_GENL_NAME,
 	.version	= KVMACCESS_GENL_VERSION,
 	.module		= THIS_MODULE,
@@ -1181,7 +1083,7 @@ static struct genl_family family __ro_after_init = {
 
 int __init kvmaccess_netlink_init(void)
 {
-	int err = genl_register_family(&family);
+	int err = genl_register_family(&kvmaccess_netlink_family);
 
 	if (err)
 		pr_err("generic netlink refuses the family: error %d\n", err);
@@ -1190,5 +1092,5 @@ int __init kvmaccess_netlink_init(void)
 
 void kvmaccess_netlink_exit(void)
 {
-	genl_unregister_family(&family);
+	genl_unregister_family(&kvmaccess_netlink_family);
 }

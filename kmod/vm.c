@@ -3,7 +3,7 @@
  * Which VMs there are, and since when.
  *
  * Identity: KVM names a VM by its address, which the next VM may get. An
- * entry here is therefore tied to one life of that address. The kprobe on
+ * entry here is therefore tied to one life of that address. The hook on
  * kvm_arch_destroy_vm(), through which every VM goes before its memory is
  * freed, ends it by setting ->gone; the walk of vm_list makes entries for
  * addresses that have no living one.
@@ -12,11 +12,23 @@
  * goes. Where that happens during a request, dropping the request's reference
  * destroys the VM, which can take long: it is left to a work item then.
  *
- * Locks: vms_mutex protects the list and the hash table and is taken before
- * kvm_lock. Nothing of KVM calls here but the probes, which take no lock at
- * all: they may run in the context of an int3, where even a raw spinlock that
- * is taken elsewhere with interrupts off would deadlock.
+ * Taking one needs neither a lock nor vm_list. Who does so announces it in
+ * ->looking before he looks at ->gone, with interrupts off; the hook sets
+ * ->gone before it looks at ->looking, and keeps KVM from going on until
+ * nobody is looking: either he sees that the VM is gone, or KVM waits for the
+ * few instructions that he needs to find out that its count is 0. That holds
+ * as long as no VM passes by the hook. Kprobes can be switched off by root, by
+ * debugfs and, where they rest on ftrace, by a sysctl, so the hook is ftrace's
+ * own and permanent: the sysctl is refused. Without ftrace it is a kprobe after
+ * all, and vm_list is searched.
+ *
+ * Locks: vms_mutex protects the list, the array and the hash table and is
+ * taken before kvm_lock and before the list of watches. Nothing of KVM calls
+ * here but the hooks, which take no lock at all: they may run in the context
+ * of an int3, where even a raw spinlock that is taken elsewhere with
+ * interrupts off would deadlock.
  */
+#include <linux/ftrace.h>
 #include <linux/hashtable.h>
 #include <linux/irq_work.h>
 #include <linux/kprobes.h>
@@ -28,22 +40,26 @@
 #include <linux/slab.h>
 #include <linux/timekeeping.h>
 #include <linux/workqueue.h>
+#include <linux/xarray.h>
 
 #include "compat.h"
 #include "ksyms.h"
 #include "netlink.h"
 #include "notify.h"
 #include "vm.h"
+#include "watch.h"
 
 static DEFINE_MUTEX(vms_mutex);
 static DEFINE_HASHTABLE(vms_by_address, 10);
-static LIST_HEAD(vms);		/* by rising id */
+static LIST_HEAD(vms);
+static DEFINE_XARRAY(vms_by_id);
 static u64 last_id;
 static u64 last_walk;
 static u32 generation = 1;
 static bool announcing;
 static bool stopped;
 static bool has_create_probe;
+static bool has_destroy_hook;	/* which no VM passes by */
 static LIST_HEAD(to_notify);	/* entries with events pending, each with a reference */
 
 static struct workqueue_struct *wq;
@@ -52,6 +68,17 @@ static void free_entry(struct kvmaccess_vm *vm)
 {
 	if (refcount_dec_and_test(&vm->refs))
 		kfree_rcu(vm, rcu);
+}
+
+/* Keep the entry; the VM may go. */
+void kvmaccess_vm_keep(struct kvmaccess_vm *vm)
+{
+	refcount_inc(&vm->refs);
+}
+
+void kvmaccess_vm_forget(struct kvmaccess_vm *vm)
+{
+	free_entry(vm);
 }
 
 static void last_put_fn(struct work_struct *work)
@@ -88,36 +115,64 @@ static struct kvmaccess_vm *find_by_address(struct kvm *kvm)
 	return NULL;
 }
 
-/*
- * Take a reference to the VM of @vm. vm_list holds no VM whose last reference
- * is gone for longer than its destroyer needs to take kvm_lock, and
- * kvm_get_kvm_safe() refuses that one. A VM found here under the right
- * address may still be the next one, which ->gone tells once it is held.
- */
-static bool hold(struct kvmaccess_vm *vm)
+/* Whether @kvm, which may be gone, is in vm_list; if so it gets a reference. */
+static bool hold_listed(struct kvm *wanted)
 {
-	struct kvm *kvm;
 	bool held = false;
-
-	lockdep_assert_held(&vms_mutex);
+	struct kvm *kvm;
 
 	mutex_lock(kvmaccess_ksyms.lock);
 	list_for_each_entry(kvm, kvmaccess_ksyms.vms, vm_list) {
-		if (kvm == vm->kvm) {
+		if (kvm == wanted) {
 			held = kvm_get_kvm_safe(kvm);
 			break;
 		}
 	}
 	mutex_unlock(kvmaccess_ksyms.lock);
+	return held;
+}
 
+/*
+ * Take a reference to the VM of @vm, an entry that is kept; false if it is
+ * gone. Until kvmaccess_vm_stop() only.
+ */
+bool kvmaccess_vm_hold(struct kvmaccess_vm *vm)
+{
+	unsigned long flags;
+	bool held;
+
+	if (has_destroy_hook) {
+		local_irq_save(flags);
+		atomic_inc(&vm->looking);
+		/* Pairs with that of wait_for_lookers(). */
+		smp_mb__after_atomic();
+		held = !READ_ONCE(vm->gone) && kvm_get_kvm_safe(vm->kvm);
+		atomic_dec_return_release(&vm->looking);
+		local_irq_restore(flags);
+	} else {
+		held = hold_listed(vm->kvm);
+	}
 	if (!held)
 		return false;
+
 	refcount_inc(&vm->refs);
+	/* Found in vm_list it may be the next one at this address. */
 	if (READ_ONCE(vm->gone)) {
 		release(vm);
 		return false;
 	}
 	return true;
+}
+
+/* Of @vm, which is gone, nobody looks at the VM when this returns. */
+static void wait_for_lookers(struct kvmaccess_vm *vm)
+{
+	WRITE_ONCE(vm->gone, true);
+	/* Pairs with that of kvmaccess_vm_hold(). */
+	smp_mb();
+	/* Some instructions of another CPU, which has its interrupts off. */
+	while (atomic_read_acquire(&vm->looking))
+		cpu_relax();
 }
 
 static pid_t tgid_of(struct pid *pid, void *arg)
@@ -177,7 +232,7 @@ static void notify_work_fn(struct work_struct *work)
 		pending = vm->pending;
 		vm->pending = 0;
 		held = pending & BIT(KVMACCESS_CMD_VM_CREATED) &&
-		       !READ_ONCE(vm->gone) && hold(vm);
+		       !stopped && kvmaccess_vm_hold(vm);
 		mutex_unlock(&vms_mutex);
 
 		if (pending & BIT(KVMACCESS_CMD_VM_CREATED)) {
@@ -252,8 +307,11 @@ static void walk(void)
 			spare = NULL;
 			refcount_set(&vm->refs, 1);
 			INIT_WORK(&vm->last_put, last_put_fn);
+			INIT_LIST_HEAD(&vm->watches);
 			vm->kvm = kvm;
 			vm->id = ++last_id;
+			/* Into the place that was reserved. */
+			xa_store(&vms_by_id, vm->id, vm, GFP_NOWAIT);
 			vm->seen = ktime_get_boottime_ns();
 			vm->walk = last_walk;
 			vm->fresh = true;
@@ -262,14 +320,15 @@ static void walk(void)
 		}
 		mutex_unlock(kvmaccess_ksyms.lock);
 		/* Out of memory: the rest is found by the next walk. */
-	} while (again && (spare = kzalloc(sizeof(*spare), GFP_KERNEL)));
+	} while (again && !xa_reserve(&vms_by_id, last_id + 1, GFP_KERNEL) &&
+		 (spare = kzalloc(sizeof(*spare), GFP_KERNEL)));
 	kfree(spare);
 
 	list_for_each_entry_safe(vm, next, &vms, list) {
 		if (vm->fresh) {
 			vm->fresh = false;
 			generation++;
-			if (hold(vm)) {
+			if (kvmaccess_vm_hold(vm)) {
 				find_pid(vm);
 				announce(vm, KVMACCESS_CMD_VM_CREATED);
 				kvmaccess_vm_put(vm);
@@ -280,10 +339,13 @@ static void walk(void)
 		}
 		if (vm->walk == last_walk && !READ_ONCE(vm->gone))
 			continue;
-		WRITE_ONCE(vm->gone, true);
+		/* From here on the hook does not find it. */
+		wait_for_lookers(vm);
 		generation++;
 		hash_del_rcu(&vm->hash);
 		list_del(&vm->list);
+		xa_erase(&vms_by_id, vm->id);
+		kvmaccess_watch_vm_gone(vm);
 		if (!vm->unseen)
 			announce(vm, KVMACCESS_CMD_VM_DESTROYED);
 		free_entry(vm);
@@ -307,18 +369,23 @@ static void kick_fn(struct irq_work *work)
 
 static DEFINE_IRQ_WORK(kick, kick_fn);
 
-static int on_destroy(struct kprobe *probe, struct pt_regs *regs)
+static void destroyed(struct kvm *kvm)
 {
-	struct kvm *kvm = (struct kvm *)regs_get_kernel_argument(regs, 0);
 	struct kvmaccess_vm *vm;
 
 	rcu_read_lock();
-	vm = find_by_address(kvm);
-	if (vm)
-		WRITE_ONCE(vm->gone, true);
+	hash_for_each_possible_rcu(vms_by_address, vm, hash, (unsigned long)kvm) {
+		if (vm->kvm == kvm)
+			wait_for_lookers(vm);
+	}
 	rcu_read_unlock();
 
 	irq_work_queue(&kick);
+}
+
+static int on_destroy(struct kprobe *probe, struct pt_regs *regs)
+{
+	destroyed((struct kvm *)regs_get_kernel_argument(regs, 0));
 	return 0;
 }
 
@@ -326,6 +393,41 @@ static struct kprobe destroy_probe = {
 	.symbol_name = "kvm_arch_destroy_vm",
 	.pre_handler = on_destroy,
 };
+
+#ifdef CONFIG_DYNAMIC_FTRACE_WITH_ARGS
+static void notrace on_destroy_call(unsigned long ip, unsigned long parent_ip,
+				    struct ftrace_ops *ops, struct ftrace_regs *regs)
+{
+	destroyed((struct kvm *)kvmaccess_compat_argument(regs));
+}
+
+static struct ftrace_ops destroy_ops = {
+	.func = on_destroy_call,
+	.flags = FTRACE_OPS_FL_PERMANENT,
+};
+
+static bool hook_destroy(void)
+{
+	unsigned long address = kvmaccess_ksyms.destroy_vm;
+
+	return address && !ftrace_set_filter_ip(&destroy_ops, address, 0, 0) &&
+	       !register_ftrace_function(&destroy_ops);
+}
+
+static void unhook_destroy(void)
+{
+	unregister_ftrace_function(&destroy_ops);
+}
+#else
+static bool hook_destroy(void)
+{
+	return false;
+}
+
+static void unhook_destroy(void)
+{
+}
+#endif
 
 /* Skip, by a non-zero return, every ioctl of /dev/kvm but one. */
 static int on_ioctl(struct kretprobe_instance *ri, struct pt_regs *regs)
@@ -372,17 +474,12 @@ struct kvmaccess_vm *kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack)
 	struct kvmaccess_vm *vm, *found = ERR_PTR(-ENOENT);
 
 	mutex_lock(&vms_mutex);
-	list_for_each_entry(vm, &vms, list) {
-		if (vm->id != id)
-			continue;
-		/* Without the probes nothing tells one VM from the next. */
-		if (!stopped && !READ_ONCE(vm->gone) && hold(vm))
-			found = vm;
-		break;
-	}
-	/* It is not the VM that is gone. */
+	vm = xa_load(&vms_by_id, id);
+	/* It is not the VM that is gone; and without the hooks nothing tells one from the next. */
 	if (stopped)
 		found = ERR_PTR(-EPROTONOSUPPORT);
+	else if (vm && kvmaccess_vm_hold(vm))
+		found = vm;
 	mutex_unlock(&vms_mutex);
 
 	if (found == ERR_PTR(-ENOENT))
@@ -415,16 +512,15 @@ u64 kvmaccess_vm_last(void)
 struct kvmaccess_vm *kvmaccess_vm_get_next(u64 after, u64 last)
 {
 	struct kvmaccess_vm *vm, *found = NULL;
+	unsigned long id;
 
 	mutex_lock(&vms_mutex);
 	if (stopped) {
 		found = ERR_PTR(-EPROTONOSUPPORT);
 		goto out;
 	}
-	list_for_each_entry(vm, &vms, list) {
-		if (vm->id > last)
-			break;
-		if (vm->id > after && !READ_ONCE(vm->gone) && hold(vm)) {
+	xa_for_each_range(&vms_by_id, id, vm, after + 1, last) {
+		if (kvmaccess_vm_hold(vm)) {
 			found = vm;
 			break;
 		}
@@ -506,7 +602,10 @@ void kvmaccess_vm_stop(void)
 
 	if (has_create_probe)
 		unregister_kretprobe(&create_probe);
-	unregister_kprobe(&destroy_probe);
+	if (has_destroy_hook)
+		unhook_destroy();
+	else
+		unregister_kprobe(&destroy_probe);
 	irq_work_sync(&kick);
 	cancel_work_sync(&walk_work);
 }
@@ -523,6 +622,7 @@ void kvmaccess_vm_exit(void)
 	destroy_workqueue(wq);
 	list_for_each_entry_safe(vm, next, &vms, list)
 		free_entry(vm);
+	xa_destroy(&vms_by_id);
 	/* Entries that are freed after a grace period. */
 	rcu_barrier();
 }
@@ -535,8 +635,9 @@ int __init kvmaccess_vm_init(void)
 	if (!wq)
 		return -ENOMEM;
 
-	/* The probe comes first: no VM may go unseen once it is known. */
-	err = register_kprobe(&destroy_probe);
+	/* The hook comes first: no VM may go unseen once it is known. */
+	has_destroy_hook = hook_destroy();
+	err = has_destroy_hook ? 0 : register_kprobe(&destroy_probe);
 	if (err) {
 		pr_err("kvm_arch_destroy_vm() cannot be probed: error %d\n", err);
 		destroy_workqueue(wq);

@@ -23,11 +23,13 @@ struct kvmaccess_vm {
 	struct rcu_head rcu;
 	struct work_struct last_put;
 	refcount_t refs;
+	atomic_t looking;	/* who find out whether the VM is gone */
 	bool gone;
 	bool fresh;
 	bool unseen;
 	unsigned int pending;	/* events to tell other modules, by BIT(cmd) */
 	struct list_head notify;
+	struct list_head watches;	/* see watch.c */
 	pid_t pid;
 	u64 id;
 	u64 seen;
@@ -44,6 +46,9 @@ void kvmaccess_vm_exit(void);
 bool kvmaccess_vm_has_events(void);
 struct kvmaccess_vm * __must_check
 kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack);
+bool __must_check kvmaccess_vm_hold(struct kvmaccess_vm *vm);
+void kvmaccess_vm_keep(struct kvmaccess_vm *vm);
+void kvmaccess_vm_forget(struct kvmaccess_vm *vm);
 u64 kvmaccess_vm_last(void);
 struct kvmaccess_vm * __must_check kvmaccess_vm_get_next(u64 after, u64 last);
 void kvmaccess_vm_put(struct kvmaccess_vm *vm);

@@ -24,6 +24,10 @@
  *               [OFFSET, LENGTH]
  *  MEM_READ     VM_ID, RANGE..., [VCPU_ID, [ROOT]]   KVMACCESS_A_MEM_*
  *  STATS        do: [VM_ID]; dump: -                 KVMACCESS_A_STATS_*
+ *  WATCH_NEW    VM_ID, PERIOD, [BUDGET, KEY]         KVMACCESS_A_WATCH_*
+ *  WATCH_ADD    ID, ITEM...                          KVMACCESS_A_WATCH_*
+ *  WATCH_DEL    ID, [COOKIE]                         KVMACCESS_A_WATCH_*
+ *  WATCH_GET    do: ID; dump: -                      KVMACCESS_A_WATCH_*
  *
  * A dump gives one message an object and sets NLM_F_DUMP_INTR on it when the
  * set of objects changed while it ran: read it again then.
@@ -31,6 +35,59 @@
  * VM_CREATED and VM_DESTROYED are notifications to the multicast group "vm";
  * they carry KVMACCESS_A_VM_*. A VM's id is given once and is never given
  * again while the module is loaded.
+ *
+ * Watches
+ * -------
+ * A watch compares items of one VM, in place, every PERIOD ns. It belongs to
+ * the socket that made it, alone may be changed by it, and ends with it. Items
+ * are of four kinds, each in an ITEM of WATCH_ADD with a COOKIE, which means
+ * nothing to the module and need not be unique:
+ *
+ *  BYTES     GPA, DATA: the bytes there are DATA, which does not cross a
+ *            boundary of 4096 bytes
+ *  ENTRY     GPA, VALUE, [MASK]: the 8 bytes there, and MASK, are VALUE; an
+ *            entry of a page table without its accessed and dirty bits, for
+ *            instance. GPA is a multiple of 8
+ *  DIGEST    GPA, DATA: each page from there on has its digest in DATA, 8
+ *            bytes each. GPA is a multiple of 4096. At most BUDGET bytes are
+ *            walked in a tick, in turn
+ *  REGISTER  REGISTER, VALUE, [MASK], [VCPU_ID]: the register, and MASK, is
+ *            VALUE, on this vCPU or on each
+ *
+ * GPAs are those of address space 0. Either all items of a message are added
+ * or none. WATCH_DEL with COOKIE takes away the items that have it, without
+ * the watch.
+ *
+ * WATCH_EVENT carries KVMACCESS_A_EVENT_* to the owner alone, when an item is
+ * found in another STATE than before: different, different in another way, as
+ * expected again, not resident, or in no memslot. Nothing is faulted in. OFFSET
+ * counts from the item's GPA to the first byte that differs (the page, for a
+ * digest), EXPECTED and DATA are what should be there and what is, up to
+ * KVMACCESS_WATCH_EVENT_BYTES of it, or the value of an entry, register or
+ * digest. Each item may send 16 events at once and 100 a second from then on,
+ * each watch 512 and 1000. An item that may not keeps what it has to tell, the
+ * latest state of it; COALESCED counts the changes in between. LOST counts the
+ * events that did not reach the owner since the one before, because its buffer
+ * was full; those items try again. STATE_ENDED without a COOKIE says that the
+ * VM is gone or that the module is being unloaded; the watch does nothing more.
+ *
+ * A vCPU that has not run since the last tick costs nothing. One that has is
+ * captured as by VCPU_GET, if there are REGISTERs at all. One that never ran
+ * is not looked at; nor is one in system management mode, or with a nested
+ * guest, whose registers are not those that the items are about. Where the
+ * state is UNSETTLED, registers that KVM writes in more than one step
+ * (everything but MSRs) are different only if they still are when the vCPU has
+ * run again. What a VMM writes to a vCPU that does not run is found when it
+ * does.
+ *
+ * The digest of a page is made of its 512 words w (64 bits, little endian) and
+ * a KEY of 128 bits: k[i] = SipHash-2-4(KEY, i), i as 8 bytes, little endian;
+ * sum = the sum over even i of (w[i] + k[i]) * (w[i+1] + k[i+1]), factors
+ * modulo 2^64, sum modulo 2^128; the digest is SipHash-2-4(KEY, sum), sum as 16
+ * bytes, little endian. KEY is to be random and secret.
+ *
+ * A tick that takes more than half of the period, or its share of half a CPU
+ * with those of all watches, stretches the period: EFFECTIVE says to what.
  *
  * Memory
  * ------
@@ -50,8 +107,11 @@
  *  EPERM          the caller lacks CAP_SYS_ADMIN
  *  EINVAL         an attribute is missing, malformed, or out of range; a
  *                 length of 0; a guest-virtual address that is not canonical
- *  E2BIG          more ranges or bytes than a request may ask for
- *  ENOENT         no VM has this id (any more)
+ *  E2BIG          more ranges or bytes than a request may ask for, or more
+ *                 items or bytes than a watch may have
+ *  ENOSPC         there are KVMACCESS_MAX_WATCHES watches
+ *  ENOENT         no VM has this id (any more); no watch of this socket has
+ *                 this id, or no item of it this cookie
  *  ENXIO          the VM has no such vCPU or memslot
  *  ESHUTDOWN      the VM is being destroyed
  *  EFAULT         a guest-physical address lies in no memslot
@@ -74,6 +134,17 @@
 #define KVMACCESS_MAX_RANGES	64
 #define KVMACCESS_MAX_BYTES	28672
 
+/* Limits of watches: their number, and of each period, ns, items, bytes. */
+#define KVMACCESS_MAX_WATCHES		8192
+#define KVMACCESS_WATCH_MIN_PERIOD	500000
+#define KVMACCESS_WATCH_MAX_PERIOD	3600000000000
+#define KVMACCESS_WATCH_MAX_ITEMS	16384
+#define KVMACCESS_WATCH_MAX_MEMORY	67108864	/* of DATA; 24 bytes for a digest's 8 */
+#define KVMACCESS_WATCH_MAX_BUDGET	16777216
+#define KVMACCESS_WATCH_MAX_DIGESTS	4096	/* of an item */
+#define KVMACCESS_WATCH_KEY_BYTES	16
+#define KVMACCESS_WATCH_EVENT_BYTES	64
+
 enum kvmaccess_cmd {
 	KVMACCESS_CMD_UNSPEC,
 	KVMACCESS_CMD_INFO,
@@ -85,6 +156,11 @@ enum kvmaccess_cmd {
 	KVMACCESS_CMD_STATS,
 	KVMACCESS_CMD_VM_CREATED,
 	KVMACCESS_CMD_VM_DESTROYED,
+	KVMACCESS_CMD_WATCH_NEW,
+	KVMACCESS_CMD_WATCH_ADD,
+	KVMACCESS_CMD_WATCH_DEL,
+	KVMACCESS_CMD_WATCH_GET,
+	KVMACCESS_CMD_WATCH_EVENT,
 
 	__KVMACCESS_CMD_MAX,
 	KVMACCESS_CMD_MAX = __KVMACCESS_CMD_MAX - 1
@@ -102,6 +178,7 @@ enum kvmaccess_cap {
 	KVMACCESS_CAP_MEMORY	= 1 << 0,	/* MEM_READ */
 	KVMACCESS_CAP_VCPU	= 1 << 1,	/* VCPU_GET, TABLE_GET, guest-virtual MEM_READ */
 	KVMACCESS_CAP_EVENTS	= 1 << 2,	/* VM_CREATED and VM_DESTROYED are sent at once */
+	KVMACCESS_CAP_WATCH	= 1 << 3,	/* WATCH_NEW; REGISTERs need VCPU */
 };
 
 enum kvmaccess_a_info {
@@ -335,9 +412,9 @@ enum kvmaccess_a_op {
 	KVMACCESS_A_OP_UNSPEC,
 	KVMACCESS_A_OP_PAD,
 	KVMACCESS_A_OP_CMD,		/* u32: enum kvmaccess_cmd */
-	KVMACCESS_A_OP_COUNT,		/* u64: requests; a dump counts each object */
+	KVMACCESS_A_OP_COUNT,		/* u64: requests; a dump counts each object; of WATCH_EVENT, ticks */
 	KVMACCESS_A_OP_ERRORS,		/* u64: of them failed */
-	KVMACCESS_A_OP_TIME,		/* u64: ns from request to reply, waiting included */
+	KVMACCESS_A_OP_TIME,		/* u64: ns from request to reply, waiting included, or of ticks */
 	KVMACCESS_A_OP_BYTES,		/* u64: bytes of guest memory read */
 
 	__KVMACCESS_A_OP_MAX,
@@ -347,8 +424,8 @@ enum kvmaccess_a_op {
 /*
  * Without VM_ID the account of the whole module, VMs that are gone included.
  * CPU time of a request is spent in three places: in the requester's thread
- * (its own system time), in the module's worker thread (WORKER) and in
- * interrupts of the CPUs that vCPUs run on (INTERRUPT). The latter two are
+ * (its own system time), in the module's worker threads (WORKER; all ticks
+ * are there) and in interrupts of the CPUs that vCPUs run on (INTERRUPT). The latter two are
  * nobody's but the module's, so the cost of monitoring is the requester's
  * CPU time + WORKER + INTERRUPT.
  */
@@ -366,6 +443,142 @@ enum kvmaccess_a_stats {
 
 	__KVMACCESS_A_STATS_MAX,
 	KVMACCESS_A_STATS_MAX = __KVMACCESS_A_STATS_MAX - 1
+};
+
+enum kvmaccess_kind {
+	KVMACCESS_KIND_UNSPEC,
+	KVMACCESS_KIND_BYTES,
+	KVMACCESS_KIND_ENTRY,
+	KVMACCESS_KIND_DIGEST,
+	KVMACCESS_KIND_REGISTER,
+};
+
+/* What can be watched: registers that a running kernel leaves alone. */
+enum kvmaccess_register {
+	KVMACCESS_REGISTER_UNSPEC,
+	KVMACCESS_REGISTER_CR0,
+	KVMACCESS_REGISTER_CR3,
+	KVMACCESS_REGISTER_CR4,
+	KVMACCESS_REGISTER_EFER,
+	KVMACCESS_REGISTER_GDTR_BASE,
+	KVMACCESS_REGISTER_GDTR_LIMIT,
+	KVMACCESS_REGISTER_IDTR_BASE,
+	KVMACCESS_REGISTER_IDTR_LIMIT,
+	KVMACCESS_REGISTER_TR_BASE,
+	KVMACCESS_REGISTER_TR_SELECTOR,
+	KVMACCESS_REGISTER_LDTR_SELECTOR,
+	KVMACCESS_REGISTER_DR0,
+	KVMACCESS_REGISTER_DR1,
+	KVMACCESS_REGISTER_DR2,
+	KVMACCESS_REGISTER_DR3,
+	KVMACCESS_REGISTER_DR7,
+	KVMACCESS_REGISTER_STAR,
+	KVMACCESS_REGISTER_LSTAR,
+	KVMACCESS_REGISTER_CSTAR,
+	KVMACCESS_REGISTER_SFMASK,
+	KVMACCESS_REGISTER_SYSENTER_CS,
+	KVMACCESS_REGISTER_SYSENTER_ESP,
+	KVMACCESS_REGISTER_SYSENTER_EIP,
+	KVMACCESS_REGISTER_PAT,
+};
+
+/* How an item, or a watch, is. */
+enum kvmaccess_state {
+	KVMACCESS_STATE_EXPECTED,
+	KVMACCESS_STATE_DIFFERENT,
+	KVMACCESS_STATE_NOT_RESIDENT,	/* the host has no page in place */
+	KVMACCESS_STATE_NO_MEMSLOT,	/* nothing is at its address */
+	KVMACCESS_STATE_ENDED,		/* of a watch */
+};
+
+/* Bits of KVMACCESS_A_WATCH_FLAGS. */
+enum kvmaccess_watch_flag {
+	KVMACCESS_WATCH_F_ENDED	= 1 << 0,	/* its VM is gone */
+};
+
+/*
+ * GPA and so on as the item's kind needs them. A MASK that is absent is all
+ * ones; VALUE has no bit that MASK has not.
+ */
+enum kvmaccess_a_item {
+	KVMACCESS_A_ITEM_UNSPEC,
+	KVMACCESS_A_ITEM_PAD,
+	KVMACCESS_A_ITEM_COOKIE,	/* u64 */
+	KVMACCESS_A_ITEM_KIND,		/* u32: enum kvmaccess_kind */
+	KVMACCESS_A_ITEM_GPA,		/* u64 */
+	KVMACCESS_A_ITEM_DATA,		/* binary */
+	KVMACCESS_A_ITEM_VALUE,		/* u64 */
+	KVMACCESS_A_ITEM_MASK,		/* u64 */
+	KVMACCESS_A_ITEM_REGISTER,	/* u32: enum kvmaccess_register */
+	KVMACCESS_A_ITEM_VCPU_ID,	/* u32: the VMM's number; absent: all vCPUs */
+
+	__KVMACCESS_A_ITEM_MAX,
+	KVMACCESS_A_ITEM_MAX = __KVMACCESS_A_ITEM_MAX - 1
+};
+
+/* KEY, ITEM and COOKIE are in requests only, the rest from FLAGS on in replies. */
+enum kvmaccess_a_watch {
+	KVMACCESS_A_WATCH_UNSPEC,
+	KVMACCESS_A_WATCH_PAD,
+	KVMACCESS_A_WATCH_ID,		/* u64: never given again while the module is loaded */
+	KVMACCESS_A_WATCH_VM_ID,	/* u64 */
+	KVMACCESS_A_WATCH_PERIOD,	/* u64: ns */
+	KVMACCESS_A_WATCH_BUDGET,	/* u32: bytes of DIGESTs a tick; absent: 0 */
+	KVMACCESS_A_WATCH_KEY,		/* binary, of DIGESTs */
+	KVMACCESS_A_WATCH_ITEM,		/* nest, repeated: KVMACCESS_A_ITEM_* */
+	KVMACCESS_A_WATCH_COOKIE,	/* u64 */
+	KVMACCESS_A_WATCH_FLAGS,	/* u32: enum kvmaccess_watch_flag bits */
+	KVMACCESS_A_WATCH_PORTID,	/* u32: of the socket that owns it */
+	KVMACCESS_A_WATCH_EFFECTIVE,	/* u64: ns, PERIOD or what it was stretched to */
+	KVMACCESS_A_WATCH_ITEMS,	/* u32 */
+	KVMACCESS_A_WATCH_MEMORY,	/* u64: bytes of DATA that are kept */
+	KVMACCESS_A_WATCH_BYTES,	/* u64: compared in each tick */
+	KVMACCESS_A_WATCH_DIGESTED,	/* u64: bytes that DIGESTs cover */
+	KVMACCESS_A_WATCH_TICKS,	/* u64 */
+	KVMACCESS_A_WATCH_MISSED,	/* u64: ticks that did not take place: the one before was under way */
+	KVMACCESS_A_WATCH_LATE,		/* u64: ticks that began more than 1 ms after their time */
+	KVMACCESS_A_WATCH_LATEST,	/* u64: ns that a tick began after its time, at most */
+	KVMACCESS_A_WATCH_TIME,		/* u64: ns of all ticks */
+	KVMACCESS_A_WATCH_LONGEST,	/* u64: ns of a tick, at most */
+	KVMACCESS_A_WATCH_COMPARED,	/* u64: bytes compared so far, DIGESTs included */
+	KVMACCESS_A_WATCH_PASSES,	/* u64: times that all DIGESTs have been walked */
+	KVMACCESS_A_WATCH_CAPTURES,	/* u64: vCPU states taken */
+	KVMACCESS_A_WATCH_SKIPPED,	/* u64: vCPUs that had not run, in all ticks */
+	KVMACCESS_A_WATCH_UNSETTLED,	/* u64: captures at which some registers were in doubt */
+	KVMACCESS_A_WATCH_FAILED,	/* u64: captures that failed */
+	KVMACCESS_A_WATCH_DIFFERENT,	/* u32: items, pages of DIGESTs and vCPUs of REGISTERs, now */
+	KVMACCESS_A_WATCH_NOT_RESIDENT,	/* u32: likewise */
+	KVMACCESS_A_WATCH_NO_MEMSLOT,	/* u32: likewise */
+	KVMACCESS_A_WATCH_EVENTS,	/* u64: events sent */
+	KVMACCESS_A_WATCH_COALESCED,	/* u64: changes that another event stands for */
+	KVMACCESS_A_WATCH_LOST,		/* u64: events that could not be delivered */
+
+	__KVMACCESS_A_WATCH_MAX,
+	KVMACCESS_A_WATCH_MAX = __KVMACCESS_A_WATCH_MAX - 1
+};
+
+enum kvmaccess_a_event {
+	KVMACCESS_A_EVENT_UNSPEC,
+	KVMACCESS_A_EVENT_PAD,
+	KVMACCESS_A_EVENT_WATCH_ID,	/* u64 */
+	KVMACCESS_A_EVENT_VM_ID,	/* u64 */
+	KVMACCESS_A_EVENT_STATE,	/* u32: enum kvmaccess_state */
+	KVMACCESS_A_EVENT_TIME,		/* u64: ns of CLOCK_MONOTONIC when it was found */
+	KVMACCESS_A_EVENT_TICK,		/* u64: number of the tick, from 1 */
+	KVMACCESS_A_EVENT_COALESCED,	/* u64: changes of the item since its last event, but for this one */
+	KVMACCESS_A_EVENT_LOST,		/* u64: events of the watch since the last one that arrived */
+	KVMACCESS_A_EVENT_COOKIE,	/* u64 */
+	KVMACCESS_A_EVENT_KIND,		/* u32: enum kvmaccess_kind */
+	KVMACCESS_A_EVENT_GPA,		/* u64: of the first byte that differs, else of the item or page */
+	KVMACCESS_A_EVENT_OFFSET,	/* u32: of that in the item, bytes */
+	KVMACCESS_A_EVENT_EXPECTED,	/* binary */
+	KVMACCESS_A_EVENT_DATA,		/* binary, absent where it cannot be read */
+	KVMACCESS_A_EVENT_VCPU_ID,	/* u32: of a REGISTER */
+	KVMACCESS_A_EVENT_REGISTER,	/* u32: enum kvmaccess_register */
+	KVMACCESS_A_EVENT_CONDITION,	/* u32: enum kvmaccess_condition */
+
+	__KVMACCESS_A_EVENT_MAX,
+	KVMACCESS_A_EVENT_MAX = __KVMACCESS_A_EVENT_MAX - 1
 };
 
 #endif /* _UAPI_KVMACCESS_H */

@@ -21,6 +21,20 @@ const (
 	MaxBytes = 28672
 )
 
+// Limits of watches.
+const (
+	MaxWatches      = 8192              // of all programs together
+	WatchMinPeriod  = 500_000           // ns
+	WatchMaxPeriod  = 3_600_000_000_000 // ns
+	WatchMaxItems   = 16384             // after splitting, see Watch.Add
+	WatchMaxMemory  = 64 << 20          // bytes of expected data, 24 for each digest
+	WatchMaxBudget  = 16 << 20          // bytes of digests in a tick
+	WatchMaxDigests = 4096              // pages of one Item
+	WatchEventBytes = 64                // of data in a WatchEvent
+
+	watchKeyBytes = 16
+)
+
 // Commands: enum kvmaccess_cmd.
 const (
 	cmdUnspec = iota
@@ -33,6 +47,11 @@ const (
 	cmdStats
 	cmdVMCreated
 	cmdVMDestroyed
+	cmdWatchNew
+	cmdWatchAdd
+	cmdWatchDel
+	cmdWatchGet
+	cmdWatchEvent
 )
 
 // Attributes of INFO: enum kvmaccess_a_info.
@@ -208,4 +227,78 @@ const (
 	aStatsInterrupts
 	aStatsEvents
 	aStatsOp
+)
+
+// Attributes inside an item of a watch: enum kvmaccess_a_item.
+const (
+	aItemUnspec = iota
+	aItemPad
+	aItemCookie
+	aItemKind
+	aItemGPA
+	aItemData
+	aItemValue
+	aItemMask
+	aItemRegister
+	aItemVCPUID
+)
+
+// Attributes of WATCH_NEW, WATCH_ADD, WATCH_DEL and WATCH_GET: enum kvmaccess_a_watch.
+const (
+	aWatchUnspec = iota
+	aWatchPad
+	aWatchID
+	aWatchVMID
+	aWatchPeriod
+	aWatchBudget
+	aWatchKey
+	aWatchItem
+	aWatchCookie
+	aWatchFlags
+	aWatchPortid
+	aWatchEffective
+	aWatchItems
+	aWatchMemory
+	aWatchBytes
+	aWatchDigested
+	aWatchTicks
+	aWatchMissed
+	aWatchLate
+	aWatchLatest
+	aWatchTime
+	aWatchLongest
+	aWatchCompared
+	aWatchPasses
+	aWatchCaptures
+	aWatchSkipped
+	aWatchUnsettled
+	aWatchFailed
+	aWatchDifferent
+	aWatchNotResident
+	aWatchNoMemslot
+	aWatchEvents
+	aWatchCoalesced
+	aWatchLost
+)
+
+// Attributes of WATCH_EVENT: enum kvmaccess_a_event.
+const (
+	aEventUnspec = iota
+	aEventPad
+	aEventWatchID
+	aEventVMID
+	aEventState
+	aEventTime
+	aEventTick
+	aEventCoalesced
+	aEventLost
+	aEventCookie
+	aEventKind
+	aEventGPA
+	aEventOffset
+	aEventExpected
+	aEventData
+	aEventVCPUID
+	aEventRegister
+	aEventCondition
 )

@@ -253,6 +253,7 @@ type specOp struct {
 	Flags  []string  `yaml:"flags"`
 	Do     *specBoth `yaml:"do"`
 	Dump   *specBoth `yaml:"dump"`
+	Event  *specList `yaml:"event"`
 	Notify string    `yaml:"notify"`
 	Group  string    `yaml:"mcgrp"`
 }
@@ -344,6 +345,7 @@ func parseSpec(src string) (contract, error) {
 var goTypes = map[string]string{
 	"Vendor": "VENDOR_", "Caps": "CAP_", "VMFlags": "VM_F_", "Condition": "CONDITION_",
 	"Method": "METHOD_", "VCPUFlags": "VCPU_F_", "TableKind": "TABLE_",
+	"ItemKind": "KIND_", "Register": "REGISTER_", "ItemState": "STATE_", "WatchFlags": "WATCH_F_",
 }
 
 // stdlib imports what the files with constants import, once.
@@ -604,11 +606,17 @@ func TestContractOperations(t *testing.T) {
 			if _, ok := sets[op.Set]["pad"]; ok {
 				want--
 			}
+			// What requests about watches have alone is not in their replies.
+			if op.Set == "watch" {
+				want -= len([]string{"key", "item", "cookie"})
+			}
 			if len(reply) != want {
 				t.Errorf("%s %s: the reply has %d attributes, the set %d", op.Name, way.name, len(reply), want)
 			}
 		}
-		if op.Notify != "" {
+		if op.Event != nil {
+			fmt.Fprintf(&sb, "event of %d", len(op.Event.Attributes))
+		} else if op.Notify != "" {
 			fmt.Fprintf(&sb, "notify %s to %s", op.Notify, op.Group)
 		} else if !slices.Equal(op.Flags, []string{"admin-perm"}) {
 			t.Errorf("%s: flags %q", op.Name, op.Flags)
@@ -625,6 +633,11 @@ func TestContractOperations(t *testing.T) {
 		"stats":        "do(vm-id) dump()",
 		"vm-created":   "notify vm-get to vm",
 		"vm-destroyed": "notify vm-get to vm",
+		"watch-new":    "do(vm-id period budget key)",
+		"watch-add":    "do(id item)",
+		"watch-del":    "do(id cookie)",
+		"watch-get":    "do(id) dump()",
+		"watch-event":  "event of 16",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("operations (-want +got):\n%s", diff)

@@ -39,9 +39,10 @@ const (
 	CapMemory Caps = 1 << iota // guest-physical memory can be read
 	CapVCPU                    // vCPU states, tables and guest-virtual memory can be read
 	CapEvents                  // VM events are sent at once
+	CapWatch                   // items can be watched; registers need CapVCPU
 )
 
-var capNames = []string{"memory", "vcpu", "events"}
+var capNames = []string{"memory", "vcpu", "events", "watch"}
 
 // String returns the names of the bits, separated by commas.
 func (c Caps) String() string { return flagsString(uint32(c), capNames) }
@@ -174,6 +175,122 @@ func (k *TableKind) UnmarshalText(b []byte) error {
 	return enumParse((*uint32)(k), "table", b, tableNames)
 }
 
+// ItemKind is what a watch looks at.
+type ItemKind uint32
+
+// Values of ItemKind.
+const (
+	KindUnspec   ItemKind = iota
+	KindBytes             // memory, byte for byte
+	KindEntry             // 8 bytes under a mask, such as an entry of a page table
+	KindDigest            // pages, by their digests
+	KindRegister          // a register of a vCPU, or of each
+)
+
+var kindNames = []string{"unspec", "bytes", "entry", "digest", "register"}
+
+// String returns the name, or the number of an unknown one.
+func (i ItemKind) String() string { return enumString(uint32(i), kindNames) }
+
+// MarshalText implements encoding.TextMarshaler with String's words.
+func (i ItemKind) MarshalText() ([]byte, error) { return []byte(i.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (i *ItemKind) UnmarshalText(b []byte) error {
+	return enumParse((*uint32)(i), "kind", b, kindNames)
+}
+
+// Register is one that can be watched.
+type Register uint32
+
+// Values of Register.
+const (
+	RegisterUnspec Register = iota
+	RegisterCR0
+	RegisterCR3
+	RegisterCR4
+	RegisterEFER
+	RegisterGDTRBase
+	RegisterGDTRLimit
+	RegisterIDTRBase
+	RegisterIDTRLimit
+	RegisterTRBase
+	RegisterTRSelector
+	RegisterLDTRSelector
+	RegisterDR0
+	RegisterDR1
+	RegisterDR2
+	RegisterDR3
+	RegisterDR7
+	RegisterSTAR
+	RegisterLSTAR
+	RegisterCSTAR
+	RegisterSFMASK
+	RegisterSysenterCS
+	RegisterSysenterESP
+	RegisterSysenterEIP
+	RegisterPAT
+)
+
+var registerNames = []string{"unspec", "cr0", "cr3", "cr4", "efer", "gdtr_base", "gdtr_limit", "idtr_base", "idtr_limit", "tr_base", "tr_selector", "ldtr_selector", "dr0", "dr1", "dr2", "dr3", "dr7", "star", "lstar", "cstar", "sfmask", "sysenter_cs", "sysenter_esp", "sysenter_eip", "pat"}
+
+// String returns the name, or the number of an unknown one.
+func (r Register) String() string { return enumString(uint32(r), registerNames) }
+
+// MarshalText implements encoding.TextMarshaler with String's words.
+func (r Register) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (r *Register) UnmarshalText(b []byte) error {
+	return enumParse((*uint32)(r), "register", b, registerNames)
+}
+
+// ItemState is how an item, or a watch, is.
+type ItemState uint32
+
+// Values of ItemState.
+const (
+	StateExpected ItemState = iota // as it should be
+	StateDifferent
+	StateNotResident // the host has no page in place
+	StateNoMemslot   // nothing is at its address
+	StateEnded       // of a watch: its VM is gone, or the module
+)
+
+var stateNames = []string{"expected", "different", "not_resident", "no_memslot", "ended"}
+
+// String returns the name, or the number of an unknown one.
+func (i ItemState) String() string { return enumString(uint32(i), stateNames) }
+
+// MarshalText implements encoding.TextMarshaler with String's words.
+func (i ItemState) MarshalText() ([]byte, error) { return []byte(i.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (i *ItemState) UnmarshalText(b []byte) error {
+	return enumParse((*uint32)(i), "state", b, stateNames)
+}
+
+// WatchFlags are properties of a watch.
+type WatchFlags uint32
+
+// Bits of WatchFlags.
+const (
+	WatchEnded WatchFlags = 1 << iota // its VM is gone
+)
+
+var watchFlagNames = []string{"ended"}
+
+// String returns the names of the bits, separated by commas.
+func (w WatchFlags) String() string { return flagsString(uint32(w), watchFlagNames) }
+
+// MarshalText implements encoding.TextMarshaler with String's words.
+func (w WatchFlags) MarshalText() ([]byte, error) { return []byte(w.String()), nil }
+
+// UnmarshalText reads what MarshalText wrote.
+func (w *WatchFlags) UnmarshalText(b []byte) error {
+	return flagsParse((*uint32)(w), "watch flag", b, watchFlagNames)
+}
+
 // EventKind is what happened to a VM. The zero value is no event.
 type EventKind uint32
 
@@ -207,6 +324,11 @@ var commandNames = []string{
 	cmdStats:       "stats",
 	cmdVMCreated:   "vm_created",
 	cmdVMDestroyed: "vm_destroyed",
+	cmdWatchNew:    "watch_new",
+	cmdWatchAdd:    "watch_add",
+	cmdWatchDel:    "watch_del",
+	cmdWatchGet:    "watch_get",
+	cmdWatchEvent:  "watch_event",
 }
 
 func enumString(v uint32, names []string) string {

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef _KVMACCESS_ITEM_H
+#define _KVMACCESS_ITEM_H
+
+#include <linux/list.h>
+#include <linux/mm.h>
+
+#include "api.h"
+
+/* How something was when it was looked at last, and what of that was told. */
+struct kvmaccess_track {
+	u64 seen;	/* which bytes, while they differ */
+	u32 pending;	/* changes that have not been told */
+	u32 state;	/* enum kvmaccess_state */
+};
+
+struct kvmaccess_item_page {
+	u64 expected;
+	struct kvmaccess_track track;
+};
+
+struct kvmaccess_item_vcpu {
+	u64 doubt;	/* 1 + exits of the vCPU when it differed, but could be torn */
+	struct kvmaccess_track track;
+};
+
+/*
+ * One thing to watch. Built by a requester, it belongs to the watch's worker
+ * from kvmaccess_watch_add() on: nobody else looks at it.
+ */
+struct kvmaccess_item {
+	struct list_head list;
+	enum kvmaccess_kind kind;
+	u32 length;		/* bytes of the guest's memory */
+	u64 gpa;
+	unsigned long hva;	/* of @gpa by the memslots of @generation; 0: none */
+	u64 generation;
+	struct kvmaccess_track track;
+	u64 cookie;
+	u64 allowed;		/* time from which the next event is within the rate */
+	union {
+		struct {
+			u64 value;
+			u64 mask;
+			enum kvmaccess_register reg;
+			s64 vcpu;	/* -1: all */
+			struct kvmaccess_item_vcpu *vcpus;
+			unsigned int nr_vcpus;
+		};
+		struct kvmaccess_item_page *pages;
+		u8 *bytes;
+	};
+};
+
+/* Bytes of memory that the item needs for what is expected. */
+static inline u64 kvmaccess_item_memory(const struct kvmaccess_item *item)
+{
+	switch (item->kind) {
+	case KVMACCESS_KIND_BYTES:
+		return item->length;
+	case KVMACCESS_KIND_DIGEST:
+		return (u64)(item->length >> PAGE_SHIFT) * sizeof(*item->pages);
+	default:
+		return 0;
+	}
+}
+
+struct kvmaccess_item * __must_check
+kvmaccess_item_new(enum kvmaccess_kind kind, u32 length);
+void kvmaccess_item_free(struct kvmaccess_item *item);
+int __must_check kvmaccess_item_compare(const void __user *at, const void *expected,
+					u32 length, u32 *offset, u64 *found);
+u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *state,
+			    enum kvmaccess_register reg);
+bool kvmaccess_item_is_whole(enum kvmaccess_register reg);
+
+#endif /* _KVMACCESS_ITEM_H */
