@@ -32,6 +32,8 @@ func playRole(role string) int {
 		err = json.NewEncoder(os.Stdout).Encode(tryEverything())
 	case roleReader:
 		err = playReader()
+	case roleWatch:
+		err = playWatch()
 	default:
 		err = fmt.Errorf("unknown role %q", role)
 	}
@@ -96,6 +98,16 @@ func tryEverything() map[string]outcome {
 	add("memory", err)
 	_, err = c.Stats(ctx)
 	add("stats", err)
+	_, err = c.Watches(ctx)
+	add("watches", err)
+	w, err := kvmaccess.NewWatcher()
+	if err != nil {
+		add("watcher", err)
+		return results
+	}
+	defer w.Close()
+	_, err = w.New(ctx, 1, kvmaccess.WatchConfig{Period: time.Second})
+	add("watch", err)
 	return results
 }
 
@@ -141,8 +153,8 @@ func TestNotRoot(t *testing.T) {
 				}
 				return
 			}
-			if len(results) != 10 {
-				t.Errorf("%d results, want 10: %+v", len(results), results)
+			if len(results) != 12 {
+				t.Errorf("%d results, want 12: %+v", len(results), results)
 			}
 			for name, o := range results {
 				if o.Errno != int(unix.EPERM) {

@@ -21,6 +21,7 @@ import (
 // client, which refuses some of this by itself.
 const (
 	cmdVMGet, cmdVCPUGet, cmdTableGet, cmdMemRead = 2, 4, 5, 6
+	cmdWatchDel, cmdWatchGet                      = 12, 13
 
 	aVMID                                     = 2
 	aVCPUVMID, aVCPUID                        = 2, 3
@@ -28,6 +29,7 @@ const (
 	aTableOffset, aTableLength                = 5, 6
 	aMemVMID, aMemVCPUID, aMemRoot, aMemRange = 2, 3, 4, 5
 	aRangeAddress, aRangeLength               = 2, 3
+	aWatchID                                  = 2
 	unknownAttribute                          = 200
 )
 
