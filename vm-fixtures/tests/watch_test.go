@@ -649,6 +649,7 @@ func TestWatcherKilled(t *testing.T) {
 	c, k, w := newClient(t), openKVM(t), newWatcher(t)
 	g, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: tinyvm.Spin(tinyvm.Long)})
 	started(t, g)
+	put64(t, g, watchedEntry, 0)
 	own := newWatch(t, w, vm, kvmaccess.WatchConfig{}, kvmaccess.Item{Cookie: 1, Kind: kvmaccess.KindEntry, GPA: watchedEntry})
 	for round := range 5 {
 		cmd := exec.Command("/proc/self/exe")
@@ -691,6 +692,7 @@ func TestWatchersAreIndependent(t *testing.T) {
 	c, k := newClient(t), openKVM(t)
 	g, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: tinyvm.Spin(tinyvm.Long)})
 	started(t, g)
+	put64(t, g, watchedEntry, 0)
 	w1, w2 := newWatcher(t), newWatcher(t)
 	item := kvmaccess.Item{Cookie: 1, Kind: kvmaccess.KindEntry, GPA: watchedEntry}
 	watch1 := newWatch(t, w1, vm, kvmaccess.WatchConfig{}, item)
@@ -871,6 +873,7 @@ func TestWatchStretched(t *testing.T) {
 	t.Cleanup(func() { setSlot(t, g, tinyvm.Slot{Number: 1}) })
 	setSlot(t, g, tinyvm.Slot{Number: 1, GPA: gpa, Size: size, Memory: m})
 	copy(m.Bytes(), pattern(9, size))
+	put64(t, g, watchedEntry, 0)
 	item := kvmaccess.Item{Cookie: 1, Kind: kvmaccess.KindBytes, GPA: gpa, Data: slices.Clone(m.Bytes())}
 	var watches []*kvmaccess.Watch
 	for range 2 {
@@ -929,6 +932,7 @@ func TestWatchRestlessGuest(t *testing.T) {
 	a.Jmp(a.Base)
 	c, k, w := newClient(t), openKVM(t), newWatcher(t)
 	g, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: a.Code})
+	put64(t, g, watchedEntry, 0)
 	var items []kvmaccess.Item
 	for i := range uint64(100) {
 		items = append(items, kvmaccess.Item{Cookie: i, Kind: kvmaccess.KindBytes, GPA: watchedEntry, Data: make([]byte, 4096)})
@@ -994,9 +998,11 @@ func TestWatchUnload(t *testing.T) {
 				kvmaccess.Item{Cookie: 1, Kind: kvmaccess.KindRegister, Register: kvmaccess.RegisterCR0})
 		}
 		time.Sleep(20 * time.Millisecond)
+		start := time.Now()
 		if err := unloadModule(5 * time.Second); err != nil {
 			t.Fatal(err)
 		}
+		t.Logf("unloaded in %v", time.Since(start))
 		for ended := 0; ended < 10; {
 			if nextEvent(t, w).State == kvmaccess.StateEnded {
 				ended++
