@@ -35,6 +35,20 @@ void kvmaccess_account_tick(struct kvmaccess_account *vm, u64 ns, u64 bytes)
 	kvmaccess_account_worker(vm, ns);
 }
 
+/* The same of one in the timer's interrupt, and those that it sent. */
+void kvmaccess_account_quick(struct kvmaccess_account *vm, u64 ns, u64 bytes,
+			     u32 interrupts)
+{
+	op_add(&kvmaccess_account.ops[KVMACCESS_CMD_WATCH_EVENT], ns, 0, bytes);
+	op_add(&vm->ops[KVMACCESS_CMD_WATCH_EVENT], ns, 0, bytes);
+	atomic64_add(ns, &kvmaccess_account.interrupt);
+	atomic64_add(ns, &vm->interrupt);
+	if (interrupts) {
+		atomic64_add(interrupts, &kvmaccess_account.interrupts);
+		atomic64_add(interrupts, &vm->interrupts);
+	}
+}
+
 /* The module's own total is the workers' run time, not a sum of these. */
 void kvmaccess_account_worker(struct kvmaccess_account *vm, u64 ns)
 {

@@ -29,6 +29,8 @@ extern struct kvmaccess_account kvmaccess_account;
 void kvmaccess_account_op(struct kvmaccess_account *vm, enum kvmaccess_cmd cmd,
 			  u64 start, int err, u64 bytes);
 void kvmaccess_account_tick(struct kvmaccess_account *vm, u64 ns, u64 bytes);
+void kvmaccess_account_quick(struct kvmaccess_account *vm, u64 ns, u64 bytes,
+			     u32 interrupts);
 void kvmaccess_account_worker(struct kvmaccess_account *vm, u64 ns);
 void kvmaccess_account_capture(struct kvmaccess_account *vm, u32 retries,
 			       u32 interrupts, u64 interrupt);

@@ -9,6 +9,7 @@
  */
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <asm/asm.h>
 
 #include "digest.h"
 
@@ -33,24 +34,36 @@ struct kvmaccess_digest *kvmaccess_digest_new(const void *key)
 int kvmaccess_digest_page(const struct kvmaccess_digest *digest,
 			  const void __user *page, u64 *value)
 {
-	const u64 __user *word = page;
-	const u64 *key = digest->words;
-	unsigned __int128 sum = 0;
-	unsigned int i;
-	u64 a, b;
+	u64 low = 0, high = 0;
+	long i = -(long)PAGE_SIZE;
+	bool absent = false;
 
 	if (!user_access_begin(page, PAGE_SIZE))
 		return -ENODATA;
-	for (i = 0; i < KVMACCESS_DIGEST_WORDS; i += 2) {
-		unsafe_get_user(a, word + i, absent);
-		unsafe_get_user(b, word + i + 1, absent);
-		sum += (unsigned __int128)(a + key[i]) * (b + key[i + 1]);
-	}
+	asm volatile("1:\n\t"
+		     ".irp at, 0, 16, 32, 48\n\t"
+		     "2: movq \\at(%[page],%[i]), %%rax\n\t"
+		     "3: movq 8+\\at(%[page],%[i]), %%rdx\n\t"
+		     "addq \\at(%[words],%[i]), %%rax\n\t"
+		     "addq 8+\\at(%[words],%[i]), %%rdx\n\t"
+		     "mulq %%rdx\n\t"
+		     "addq %%rax, %[low]\n\t"
+		     "adcq %%rdx, %[high]\n\t"
+		     _ASM_EXTABLE_UA(2b, 4f)
+		     _ASM_EXTABLE_UA(3b, 4f)
+		     ".endr\n\t"
+		     "addq $64, %[i]\n\t"
+		     "jnz 1b\n\t"
+		     "jmp 5f\n\t"
+		     "4: movb $1, %[absent]\n\t"
+		     "5:\n\t"
+		     : [i] "+r"(i), [low] "+r"(low), [high] "+r"(high), [absent] "+m"(absent)
+		     : [page] "r"((__force const void *)page + PAGE_SIZE),
+		       [words] "r"((const void *)digest->words + PAGE_SIZE)
+		     : "rax", "rdx", "cc", "memory");
 	user_access_end();
-	*value = siphash_2u64((u64)sum, (u64)(sum >> 64), &digest->key);
+	if (absent)
+		return -ENODATA;
+	*value = siphash_2u64(low, high, &digest->key);
 	return 0;
-
-absent:
-	user_access_end();
-	return -ENODATA;
 }

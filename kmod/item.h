@@ -70,6 +70,7 @@ kvmaccess_item_new(enum kvmaccess_kind kind, u32 length);
 void kvmaccess_item_free(struct kvmaccess_item *item);
 int __must_check kvmaccess_item_compare(const void __user *at, const void *expected,
 					u32 length, u32 *offset, u64 *found);
+bool __must_check kvmaccess_item_is_equal(const void *at, const void *expected, u32 length);
 u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *state,
 			    enum kvmaccess_register reg);
 bool kvmaccess_item_is_whole(enum kvmaccess_register reg);

@@ -15,7 +15,9 @@
 #include <linux/err.h>
 #include <linux/kthread.h>
 #include <linux/kvm_host.h>
+#include <linux/mm.h>
 #include <linux/mmu_context.h>
+#include <linux/pgtable.h>
 #include <linux/sched/mm.h>
 #include <linux/timekeeping.h>
 #include <linux/uaccess.h>
@@ -114,6 +116,60 @@ int kvmaccess_memory_read(struct kvmaccess_memory *memory, u64 gpa, void *to,
 		len -= part;
 	}
 	return 0;
+}
+
+/*
+ * Where the kernel has the page of the VMM's address, without its address space
+ * being adopted; NULL if it is not in place, or no ordinary memory. With
+ * interrupts off, and only until they are on again: page tables that are taken
+ * out meanwhile are not freed before, which is what lockless lookups of user
+ * pages rely on. The page is not kept. It may be taken away and be given to
+ * somebody else while it is looked at, so what is found there may be compared
+ * and nothing more; and as it need not be mapped, reading it may fault.
+ */
+const void *kvmaccess_memory_mapped(struct mm_struct *mm, unsigned long hva)
+{
+	unsigned long pfn;
+	pgd_t pgd;
+	p4d_t p4d;
+	pud_t pud;
+	pmd_t pmd;
+	pte_t pte;
+
+	lockdep_assert_irqs_disabled();
+
+	/* Else they are freed after an interrupt to those that use the mm. */
+	if (!IS_ENABLED(CONFIG_MMU_GATHER_RCU_TABLE_FREE))
+		return NULL;
+
+	pgd = READ_ONCE(*pgd_offset(mm, hva));
+	if (!pgd_present(pgd))
+		return NULL;
+	p4d = READ_ONCE(*p4d_offset(&pgd, hva));
+	if (!p4d_present(p4d))
+		return NULL;
+	pud = READ_ONCE(*pud_offset(&p4d, hva));
+	if (!pud_present(pud))
+		return NULL;
+	if (pud_leaf(pud)) {
+		pfn = pud_pfn(pud) + ((hva & ~PUD_MASK) >> PAGE_SHIFT);
+	} else {
+		pmd = READ_ONCE(*pmd_offset(&pud, hva));
+		if (!pmd_present(pmd))
+			return NULL;
+		if (pmd_leaf(pmd)) {
+			pfn = pmd_pfn(pmd) + ((hva & ~PMD_MASK) >> PAGE_SHIFT);
+		} else {
+			pte = READ_ONCE(*pte_offset_kernel(&pmd, hva));
+			/* Special: of a device, for instance. */
+			if (!pte_present(pte) || pte_special(pte))
+				return NULL;
+			pfn = pte_pfn(pte);
+		}
+	}
+	if (!pfn_valid(pfn))
+		return NULL;
+	return pfn_to_kaddr(pfn) + offset_in_page(hva);
 }
 
 #define ENTRY_PRESENT	BIT_ULL(0)

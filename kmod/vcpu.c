@@ -409,3 +409,32 @@ int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 	state->duration = ktime_get_ns() - start;
 	return 0;
 }
+
+/*
+ * The same, once, in an interrupt. If only one of another CPU would keep the
+ * vCPU from changing, the result is 1 + the number of that.
+ */
+int kvmaccess_vcpu_capture_here(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
+				struct kvmaccess_vcpu_state *state)
+{
+	/* Pairs with the release in kvmaccess_vcpu_vendor(), which may sleep. */
+	const struct kvmaccess_vcpu_vendor *v = smp_load_acquire(&vendor);
+	struct capture c = {
+		.vcpu = vcpu,
+		.state = state,
+		.vendor = v,
+		.requester = current,
+	};
+
+	int cpu;
+
+	if (!v || vcpu->arch.guest_state_protected)
+		return -EOPNOTSUPP;
+	cpu = v->home(vcpu);
+	if (cpu != smp_processor_id())
+		return cpu >= 0 ? cpu + 1 : -EAGAIN;
+	state->retries = 0;
+	capture_here(&c);
+	kvmaccess_account_capture(&vm->account, 0, 0, 0);
+	return c.err;
+}

@@ -45,6 +45,9 @@ const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void);
 void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu,
 			      struct kvmaccess_vcpu_state *state,
 			      unsigned long except);
+int __must_check kvmaccess_vcpu_capture_here(struct kvmaccess_vm *vm,
+					     struct kvm_vcpu *vcpu,
+					     struct kvmaccess_vcpu_state *state);
 int __must_check kvmaccess_vcpu_capture(struct kvmaccess_vm *vm,
 					struct kvm_vcpu *vcpu,
 					struct kvmaccess_vcpu_state *state,

@@ -3,13 +3,19 @@
  * Watches: items of a VM that are compared with what is expected of them, each
  * period, in place.
  *
- * A high-resolution timer of each watch queues its tick to one worker thread,
- * which adopts the VMM's address space as memory.c does. Nothing is copied,
+ * Most ticks find all as it should be, and the larger part of what such a tick
+ * would cost is the switch to a thread and back. So a high-resolution timer of
+ * each watch looks itself, in its interrupt, if there is not much to look at.
+ * It can compare, and nothing more. Where it finds anything else than that all
+ * is as expected, it queues the tick to one worker thread, which adopts the
+ * VMM's address space as memory.c does, and looks again. Nothing is copied,
  * allocated or sent unless something is not as it was at the last tick.
  *
  * Whoever changes a watch's items has the worker do it, between two ticks: the
- * items, how they were found, and the account of ticks are the worker's alone
- * and have no lock. Others read the account as it is.
+ * items and how they were found are the worker's. From the timer on until the
+ * tick has ended ->busy says whose the account of ticks is; and the timer looks
+ * at items only while ->quick allows for it, which the worker takes back before
+ * it adds or removes some. Others read the account as it is.
  *
  * The worker is a real-time thread, or ticks would be late whenever the host is
  * busy. It is kept from taking the host with it: a tick looks at SLICE bytes at
@@ -35,6 +41,7 @@
 #include <linux/sched/mm.h>
 #include <linux/siphash.h>
 #include <linux/slab.h>
+#include <linux/smp.h>
 #include <linux/timekeeping.h>
 #include <linux/uaccess.h>
 #include <linux/xarray.h>
@@ -44,6 +51,7 @@
 #include "compat.h"
 #include "digest.h"
 #include "item.h"
+#include "memory.h"
 #include "netlink.h"
 #include "vcpu.h"
 #include "vm.h"
@@ -54,6 +62,11 @@
 
 /* What looking at an item costs beside its bytes, in bytes. */
 #define SLICE_ITEM	64
+
+/* What the timer's interrupt looks at: some microseconds. */
+#define QUICK_BYTES	(32U << 10)
+#define QUICK_ITEMS	128
+#define QUICK_VCPUS	16
 
 /* Each vCPU of each of them has a state of its own. */
 #define MAX_REGISTERS	256
@@ -70,6 +83,9 @@
 /* What all watches together may take of a CPU, in millionths. */
 #define MAX_LOAD	500000
 
+/* Who is at a tick: nobody, the timer and interrupts that it sends, the worker. */
+enum { IDLE, LOOKING, QUEUED };
+
 struct watched_vcpu {
 	struct kvm_vcpu *vcpu;
 	u64 exits;
@@ -85,9 +101,18 @@ struct kvmaccess_watch {
 	struct kthread_work work;
 	struct kvmaccess_digest *digest;	/* NULL: no key was given */
 
-	bool busy;	/* from the timer that began a tick until its end */
+	u32 busy;	/* from the timer that began a tick until its end */
 	u64 deadline;	/* of that tick */
 	u64 missed;	/* the timer's */
+	u64 cost;	/* of a tick, ns, averaged */
+	u64 load;	/* its part of total_load */
+
+	raw_spinlock_t lock;	/* held by the timer while it looks */
+	bool quick;		/* it may do so */
+	call_single_data_t call;	/* to look at another CPU */
+	unsigned int interrupts;	/* for that, in this tick */
+	unsigned int next_vcpu;
+	bool untold;		/* the worker still has something to tell */
 
 	/* The worker's. */
 	struct list_head memory;	/* BYTES and ENTRY */
@@ -96,15 +121,14 @@ struct kvmaccess_watch {
 	unsigned int nr_registers;
 	struct watched_vcpu *vcpus;
 	unsigned int nr_vcpus;
-	bool under_way;			/* a tick has had its first slice */
+	bool under_way;			/* a tick has been counted */
+	bool walking;			/* and has had its first slice */
 	struct list_head *next;		/* of memory, for the next slice */
 	u64 to_digest;			/* bytes, in this tick */
 	struct kvmaccess_item *at;	/* of digests, for the next one; NULL: the first */
 	u32 at_page;
 	u64 now;			/* when the slice began */
 	u64 spent;			/* by the slices of this tick so far, ns */
-	u64 cost;			/* of a tick, ns, averaged */
-	u64 load;			/* its part of total_load */
 	u64 allowed;			/* as that of items */
 	u64 lost;			/* since an event arrived */
 	struct kvmaccess_watch_stats stats;
@@ -128,12 +152,15 @@ static u64 last_id;
 static bool stopped;
 
 static struct kthread_worker *worker;
+static atomic64_t total_load;
 
 /* The worker's. */
-static u64 total_load;
 static siphash_key_t seen_key;
 static u8 bounce[PAGE_SIZE];
 static struct kvmaccess_vcpu_state vcpu_state;
+
+/* The timers'. */
+static DEFINE_PER_CPU(struct kvmaccess_vcpu_state, quick_state);
 
 /* What @item adds to the account, or takes from it with @sign -1. */
 static void count_item(struct kvmaccess_watch *w, const struct kvmaccess_item *item, int sign)
@@ -170,6 +197,24 @@ static void drop_item(struct kvmaccess_watch *w, struct kvmaccess_item *item)
 	kvmaccess_item_free(item);
 }
 
+/* From here on, until the end of the next tick, the timer does not look. */
+static void keep_timer_off(struct kvmaccess_watch *w)
+{
+	unsigned long flags;
+
+	raw_spin_lock_irqsave(&w->lock, flags);
+	w->quick = false;
+	raw_spin_unlock_irqrestore(&w->lock, flags);
+}
+
+/* The part of a CPU that the watch needs, in millionths. */
+static void set_load(struct kvmaccess_watch *w, u64 load)
+{
+	if (load != w->load)
+		atomic64_add(load - w->load, &total_load);
+	w->load = load;
+}
+
 /* The worker has nothing to do with the watch any more. */
 static void retire(struct kvmaccess_watch *w)
 {
@@ -177,8 +222,8 @@ static void retire(struct kvmaccess_watch *w)
 	struct kvmaccess_item *item, *next;
 	unsigned int i;
 
-	total_load -= w->load;
-	w->load = 0;
+	keep_timer_off(w);
+	set_load(w, 0);
 	for (i = 0; i < ARRAY_SIZE(lists); i++) {
 		list_for_each_entry_safe(item, next, lists[i], list)
 			drop_item(w, item);
@@ -213,10 +258,13 @@ static void observe(struct kvmaccess_watch *w, struct kvmaccess_track *track,
 static void tell(struct kvmaccess_watch *w, struct kvmaccess_item *item,
 		 struct kvmaccess_track *track, struct kvmaccess_watch_event *e)
 {
-	if (!track->pending ||
-	    !is_allowed(item->allowed, w->now, ITEM_INTERVAL, ITEM_BURST) ||
-	    !is_allowed(w->allowed, w->now, WATCH_INTERVAL, WATCH_BURST))
+	if (!track->pending)
 		return;
+	if (!is_allowed(item->allowed, w->now, ITEM_INTERVAL, ITEM_BURST) ||
+	    !is_allowed(w->allowed, w->now, WATCH_INTERVAL, WATCH_BURST)) {
+		w->untold = true;
+		return;
+	}
 	item->allowed = max(item->allowed, w->now) + ITEM_INTERVAL;
 	w->allowed = max(w->allowed, w->now) + WATCH_INTERVAL;
 
@@ -232,6 +280,7 @@ static void tell(struct kvmaccess_watch *w, struct kvmaccess_item *item,
 	if (kvmaccess_netlink_watch_event(w->stats.portid, e)) {
 		w->stats.lost++;
 		w->lost++;
+		w->untold = true;
 		return;
 	}
 	track->pending = 0;
@@ -484,7 +533,8 @@ static bool look_at_registers(struct kvmaccess_watch *w, unsigned int index, u64
 }
 
 /*
- * Whether the vCPU has run, or may have, since it was looked at.
+ * Whether the vCPU may have run since it was looked at; one that never ran has
+ * not. With what is to be noted if it is looked at now.
  *
  * KVM writes last_guest_tsc after each exit, before it leaves guest mode, and
  * counts the exit some instructions later. So if the vCPU is out of guest mode,
@@ -496,9 +546,18 @@ static bool look_at_registers(struct kvmaccess_watch *w, unsigned int index, u64
  * end of an emulated access) has no effect before it enters. A state that KVM
  * may have been amid changing is never clean: see look_at_registers().
  */
-static bool has_run(const struct watched_vcpu *v, int mode, u64 tsc, u64 exits)
+static bool may_have_run(const struct watched_vcpu *v, u64 *tsc, u64 *exits)
 {
-	return !v->clean || mode != OUTSIDE_GUEST_MODE || v->tsc != tsc || v->exits != exits;
+	const struct kvm_vcpu *vcpu = v->vcpu;
+	int mode = READ_ONCE(vcpu->mode);
+
+	/* Pairs with the barrier of KVM between the two. */
+	smp_rmb();
+	*tsc = READ_ONCE(vcpu->arch.last_guest_tsc);
+	*exits = READ_ONCE(vcpu->stat.exits);
+	if (READ_ONCE(vcpu->arch.last_vmentry_cpu) == -1)
+		return false;
+	return !v->clean || mode != OUTSIDE_GUEST_MODE || v->tsc != *tsc || v->exits != *exits;
 }
 
 static void look_at_vcpus(struct kvmaccess_watch *w)
@@ -507,22 +566,14 @@ static void look_at_vcpus(struct kvmaccess_watch *w)
 
 	for (i = 0; i < w->nr_vcpus; i++) {
 		struct watched_vcpu *v = &w->vcpus[i];
-		struct kvm_vcpu *vcpu = v->vcpu;
 		u64 tsc, exits;
-		int mode;
 
-		mode = READ_ONCE(vcpu->mode);
-		/* Pairs with the barrier of KVM between the two. */
-		smp_rmb();
-		tsc = READ_ONCE(vcpu->arch.last_guest_tsc);
-		exits = READ_ONCE(vcpu->stat.exits);
-		if (!has_run(v, mode, tsc, exits) ||
-		    READ_ONCE(vcpu->arch.last_vmentry_cpu) == -1) {
+		if (!may_have_run(v, &tsc, &exits)) {
 			w->stats.skipped++;
 			continue;
 		}
 		v->clean = false;
-		if (kvmaccess_vcpu_capture(w->vm, vcpu, &vcpu_state, NULL)) {
+		if (kvmaccess_vcpu_capture(w->vm, v->vcpu, &vcpu_state, NULL)) {
 			w->stats.failed++;
 			continue;
 		}
@@ -581,46 +632,72 @@ static int grow(struct kvmaccess_watch *w, struct kvm *kvm)
  * Half of the time is left to others, whatever a tick takes; and all watches
  * together leave half of a CPU. Called at the end of a tick.
  */
-static void stretch(struct kvmaccess_watch *w)
+static void stretch(struct kvmaccess_watch *w, u64 spent)
 {
-	u64 effective, load;
+	u64 effective;
 
-	w->cost = w->cost ? (7 * w->cost + w->spent) / 8 : w->spent;
+	w->stats.time += spent;
+	if (spent > w->stats.longest)
+		w->stats.longest = spent;
+	w->cost = w->cost ? (7 * w->cost + spent) / 8 : spent;
 	effective = max(w->stats.period, 2 * w->cost);
-	load = w->cost * 1000000 / effective;
-	total_load += load - w->load;
-	w->load = load;
-	if (unlikely(total_load > MAX_LOAD))
-		effective = effective * (total_load / (MAX_LOAD / 16)) / 16;
+	set_load(w, w->cost * 1000000 / effective);
 	WRITE_ONCE(w->stats.effective, effective);
 }
 
-static void begin(struct kvmaccess_watch *w)
+static u64 effective_period(const struct kvmaccess_watch *w)
+{
+	u64 effective = READ_ONCE(w->stats.effective);
+	u64 load = atomic64_read(&total_load);
+
+	if (likely(load <= MAX_LOAD))
+		return effective;
+	return effective * (load / (MAX_LOAD / 16)) / 16;
+}
+
+static void count_tick(struct kvmaccess_watch *w)
 {
 	u64 late = w->now - w->deadline;
 
-	w->under_way = true;
 	w->stats.ticks++;
 	if (late > NSEC_PER_MSEC)
 		w->stats.late++;
 	if (late > w->stats.latest)
 		w->stats.latest = late;
-	w->spent = 0;
+}
+
+static void begin(struct kvmaccess_watch *w)
+{
+	/* The timer may have begun it, and not have got to its end. */
+	if (!w->under_way)
+		count_tick(w);
+	w->under_way = true;
+	w->walking = true;
+	w->untold = false;
 	w->next = w->memory.next;
 	w->to_digest = min_t(u64, w->stats.budget & PAGE_MASK, w->stats.digested);
+}
+
+/* Whether the next tick is likely to find everything as expected, at once. */
+static bool is_quick(const struct kvmaccess_watch *w)
+{
+	return !w->untold && !w->stats.digested && w->stats.bytes <= QUICK_BYTES &&
+	       w->stats.items <= QUICK_ITEMS && w->nr_vcpus <= QUICK_VCPUS &&
+	       !w->stats.in_state[KVMACCESS_STATE_DIFFERENT] &&
+	       !w->stats.in_state[KVMACCESS_STATE_NOT_RESIDENT] &&
+	       !w->stats.in_state[KVMACCESS_STATE_NO_MEMSLOT];
 }
 
 static void finish(struct kvmaccess_watch *w)
 {
 	w->under_way = false;
+	w->walking = false;
+	w->quick = is_quick(w);
 	w->stats.compared += w->stats.bytes;
-	w->stats.time += w->spent;
-	if (w->spent > w->stats.longest)
-		w->stats.longest = w->spent;
 	kvmaccess_account_tick(&w->vm->account, w->spent, w->stats.bytes);
-	stretch(w);
+	stretch(w, w->spent);
 	/* From here on the timer may queue the next one. */
-	smp_store_release(&w->busy, false);
+	smp_store_release(&w->busy, IDLE);
 }
 
 static void tick_fn(struct kthread_work *work)
@@ -631,18 +708,17 @@ static void tick_fn(struct kthread_work *work)
 
 	if (w->stats.flags & KVMACCESS_WATCH_F_ENDED)
 		return;
-	w->now = ktime_get_ns();
 	if (!kvmaccess_vm_hold(vm)) {
 		end(w);
 		retire(w);
 		return;
 	}
-	if (!w->under_way) {
-		/* Queued because the VM was said to be gone. */
-		if (!READ_ONCE(w->busy))
-			goto out;
+	/* Queued because the VM was said to be gone. */
+	if (READ_ONCE(w->busy) != QUEUED)
+		goto out;
+	w->now = ktime_get_ns();
+	if (!w->walking)
 		begin(w);
-	}
 	if (adopt_and_look(w, vm->kvm, &done)) {
 		end(w);
 		retire(w);
@@ -661,24 +737,192 @@ out:
 	kvmaccess_vm_put(vm);
 }
 
+/* In the timer's interrupt */
+
+static bool is_memory_expected(struct kvmaccess_watch *w, struct kvm *kvm)
+{
+	struct kvm_memslots *slots = __kvm_memslots(kvm, 0);
+	u64 generation = slots->generation;
+	struct kvmaccess_item *item;
+	const void *page;
+	u64 value;
+
+	list_for_each_entry(item, &w->memory, list) {
+		if (item->generation != generation)
+			return false;
+		page = kvmaccess_memory_mapped(kvm->mm, item->hva);
+		if (!page)
+			return false;
+		if (item->kind == KVMACCESS_KIND_BYTES) {
+			if (!kvmaccess_item_is_equal(page, item->bytes, item->length))
+				return false;
+			continue;
+		}
+		__get_kernel_nofault(&value, page, u64, absent);
+		if ((value & item->mask) != item->value)
+			return false;
+	}
+	return true;
+
+absent:
+	return false;
+}
+
+static bool are_registers_expected(struct kvmaccess_watch *w, unsigned int index,
+				   const struct kvmaccess_vcpu_state *s)
+{
+	struct kvmaccess_item *item;
+
+	/* They are others', but then they were not looked at. */
+	if (s->flags & (KVMACCESS_VCPU_F_SMM | KVMACCESS_VCPU_F_NESTED))
+		return false;
+	list_for_each_entry(item, &w->registers, list) {
+		if (item->vcpu >= 0 && item->vcpu != w->vcpus[index].vcpu->vcpu_id)
+			continue;
+		if ((kvmaccess_item_register(s, item->reg) & item->mask) != item->value ||
+		    item->vcpus[index].doubt)
+			return false;
+	}
+	return true;
+}
+
+enum { DONE = -1, FAILED = -2 };
+
+/*
+ * Look at vCPUs from the next one on: those that have not run, and those whose
+ * home is this CPU. Returns the CPU to go on at, or one of the above.
+ */
+static int look_at_vcpus_here(struct kvmaccess_watch *w, struct kvm *kvm)
+{
+	struct kvmaccess_vcpu_state *s = this_cpu_ptr(&quick_state);
+	int cpu;
+
+	if (list_empty(&w->registers))
+		return DONE;
+	if (w->nr_vcpus != atomic_read(&kvm->online_vcpus))
+		return FAILED;
+	for (; w->next_vcpu < w->nr_vcpus; w->next_vcpu++) {
+		struct watched_vcpu *v = &w->vcpus[w->next_vcpu];
+		u64 tsc, exits;
+
+		if (!may_have_run(v, &tsc, &exits)) {
+			w->stats.skipped++;
+			continue;
+		}
+		cpu = kvmaccess_vcpu_capture_here(w->vm, v->vcpu, s);
+		if (cpu)
+			return cpu > 0 ? cpu - 1 : FAILED;
+		if (!are_registers_expected(w, w->next_vcpu, s))
+			return FAILED;
+		w->stats.captures++;
+		w->stats.unsettled += !!(s->flags & KVMACCESS_VCPU_F_UNSETTLED);
+		v->tsc = tsc;
+		v->exits = exits;
+		v->clean = !(s->flags & KVMACCESS_VCPU_F_UNSETTLED);
+	}
+	return DONE;
+}
+
+static void queue_tick(struct kvmaccess_watch *w)
+{
+	WRITE_ONCE(w->busy, QUEUED);
+	kthread_queue_work(worker, &w->work);
+}
+
+/*
+ * Go on with a tick that has found all as expected so far, here or in an
+ * interrupt of the CPU where the next vCPU is. The VM is held until it ends.
+ */
+static void look_on(struct kvmaccess_watch *w)
+{
+	struct kvmaccess_vm *vm = w->vm;
+	int cpu = look_at_vcpus_here(w, vm->kvm);
+
+	w->spent += ktime_get_ns() - w->now;
+	if (cpu >= 0 && w->interrupts < 2 * QUICK_VCPUS &&
+	    !smp_call_function_single_async(cpu, &w->call)) {
+		w->interrupts++;
+		return;
+	}
+	if (cpu != DONE) {
+		kvmaccess_vm_put(vm);
+		queue_tick(w);
+		return;
+	}
+	w->stats.compared += w->stats.bytes;
+	stretch(w, w->spent);
+	kvmaccess_account_quick(&vm->account, w->spent, w->stats.bytes, w->interrupts);
+	kvmaccess_vm_put(vm);
+	/* From here on the timer may begin the next one. */
+	smp_store_release(&w->busy, IDLE);
+}
+
+static void on_call(void *info)
+{
+	struct kvmaccess_watch *w = info;
+
+	raw_spin_lock(&w->lock);
+	w->now = ktime_get_ns();
+	if (w->quick) {
+		look_on(w);
+	} else {
+		kvmaccess_vm_put(w->vm);
+		queue_tick(w);
+	}
+	raw_spin_unlock(&w->lock);
+}
+
+/* Begin a tick without the worker; false if it has to be the worker's. */
+static bool look_quickly(struct kvmaccess_watch *w)
+{
+	struct kvm *kvm = w->vm->kvm;
+	bool expected;
+	int idx;
+
+	if (!w->quick || !kvmaccess_vm_hold(w->vm))
+		return false;
+	w->now = ktime_get_ns();
+	idx = srcu_read_lock(&kvm->srcu);
+	expected = is_memory_expected(w, kvm);
+	srcu_read_unlock(&kvm->srcu, idx);
+	if (!expected) {
+		kvmaccess_vm_put(w->vm);
+		return false;
+	}
+	WRITE_ONCE(w->busy, LOOKING);
+	count_tick(w);
+	w->under_way = true;
+	w->next_vcpu = 0;
+	w->interrupts = 0;
+	look_on(w);
+	return true;
+}
+
 static enum hrtimer_restart timer_fn(struct hrtimer *timer)
 {
 	struct kvmaccess_watch *w = container_of(timer, struct kvmaccess_watch, timer);
-	u64 missed;
+	u64 period, missed = 0;
+	unsigned long flags;
 
 	if (READ_ONCE(w->stats.flags) & KVMACCESS_WATCH_F_ENDED)
 		return HRTIMER_NORESTART;
 
-	/* Pairs with finish(). */
-	if (smp_load_acquire(&w->busy)) {
-		missed = 1;
-	} else {
-		missed = 0;
+	raw_spin_lock_irqsave(&w->lock, flags);
+	/* Pairs with the releases at the ends of ticks. */
+	if (smp_load_acquire(&w->busy) == IDLE) {
 		w->deadline = ktime_to_ns(hrtimer_get_softexpires(timer));
-		WRITE_ONCE(w->busy, true);
-		kthread_queue_work(worker, &w->work);
+		w->spent = 0;
+		if (!look_quickly(w))
+			queue_tick(w);
+	} else {
+		missed = 1;
 	}
-	missed += hrtimer_forward_now(timer, ns_to_ktime(READ_ONCE(w->stats.effective))) - 1;
+	raw_spin_unlock_irqrestore(&w->lock, flags);
+
+	period = effective_period(w);
+	/* Early by the timer's slack it is not yet late enough to be forwarded. */
+	missed += (hrtimer_forward_now(timer, ns_to_ktime(period)) ?:
+		   (hrtimer_add_expires_ns(timer, period), 1)) - 1;
 	WRITE_ONCE(w->missed, w->missed + missed);
 	return HRTIMER_RESTART;
 }
@@ -738,6 +982,7 @@ static void add_fn(struct kthread_work *work)
 
 	job->err = w->stats.flags & KVMACCESS_WATCH_F_ENDED ? -ESHUTDOWN : check_room(job);
 	if (!job->err) {
+		keep_timer_off(w);
 		list_for_each_entry_safe(item, next, job->items, list) {
 			count_item(w, item, 1);
 			list_move_tail(&item->list, list_for(w, item));
@@ -758,6 +1003,7 @@ static void remove_fn(struct kthread_work *work)
 	struct kvmaccess_item *item, *next;
 	unsigned int i;
 
+	keep_timer_off(w);
 	job->err = -ENOENT;
 	for (i = 0; i < ARRAY_SIZE(lists); i++) {
 		list_for_each_entry_safe(item, next, lists[i], list) {
@@ -814,6 +1060,8 @@ struct kvmaccess_watch *kvmaccess_watch_new(struct kvmaccess_vm *vm,
 	}
 	/* The array's and the caller's. */
 	refcount_set(&w->refs, 2);
+	raw_spin_lock_init(&w->lock);
+	INIT_CSD(&w->call, on_call, w);
 	INIT_LIST_HEAD(&w->memory);
 	INIT_LIST_HEAD(&w->digests);
 	INIT_LIST_HEAD(&w->registers);
@@ -944,12 +1192,26 @@ static void quit_fn(struct kthread_work *work)
 	complete(&job->done);
 }
 
+/* The timer is stopped; wait for the interrupts that it sent. */
+static void wait_for_calls(struct kvmaccess_watch *w)
+{
+	bool looking;
+
+	do {
+		raw_spin_lock_irq(&w->lock);
+		looking = w->busy == LOOKING;
+		raw_spin_unlock_irq(&w->lock);
+		cpu_relax();
+	} while (looking);
+}
+
 /* Stop what has been unlisted. When this returns it does not tick any more. */
 static void quit(struct kvmaccess_watch *w)
 {
 	struct job job = { .watch = w };
 
 	hrtimer_cancel(&w->timer);
+	wait_for_calls(w);
 	kthread_cancel_work_sync(&w->work);
 	run(&job, quit_fn);
 }
@@ -976,6 +1238,7 @@ void kvmaccess_watch_stats(struct kvmaccess_watch *w, struct kvmaccess_watch_sta
 {
 	*stats = data_race(w->stats);
 	stats->missed = READ_ONCE(w->missed);
+	stats->effective = effective_period(w);
 }
 
 /* The VM of @vm is gone: end its watches now and not at their next ticks. */

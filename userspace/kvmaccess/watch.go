@@ -354,8 +354,8 @@ func (w *Watcher) New(ctx context.Context, vm VMID, c WatchConfig) (*Watch, erro
 	return &Watch{ID: s.ID, VM: s.VM, w: w}, nil
 }
 
-// maxAdd bounds a message of Add, in bytes: sockets send no longer ones.
-const maxAdd = 96 << 10
+// maxAdd bounds a message of Add, in bytes: a refusal comes with all of it.
+const maxAdd = 48 << 10
 
 // Add adds items. Data that crosses the end of a page and long Digests are
 // split, and many items are added by several messages: after an error some of

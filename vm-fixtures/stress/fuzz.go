@@ -147,6 +147,10 @@ func fuzzSocket(ctx context.Context, r *rand.Rand, f family, targets *atomic.Poi
 	var b []byte
 	for left.Load() > 0 && ctx.Err() == nil {
 		t := *targets.Load()
+		if len(a.watches) > maxWatches {
+			a.watches = a.watches[len(a.watches)-maxWatches:]
+		}
+		t.watches = a.watches
 		b = b[:0]
 		before := sent
 		for range fuzzBatch {

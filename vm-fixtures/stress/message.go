@@ -63,8 +63,9 @@ func (m *message) append(b []byte, family uint16) []byte {
 
 // target is what requests are about.
 type target struct {
-	vms   []uint64
-	vcpus uint32
+	vms     []uint64
+	vcpus   uint32
+	watches []uint64 // of the socket
 }
 
 func pick[T any](r *rand.Rand, from ...T) T { return from[r.IntN(len(from))] }
@@ -103,6 +104,25 @@ var kinds = []struct {
 	{"statistics", func(*rand.Rand, target) message { return do(cmdStats) }},
 	{"statistics of a VM", func(r *rand.Rand, t target) message { return do(cmdStats, t.vm(r)) }},
 	{"statistics of all VMs", func(*rand.Rand, target) message { return dump(cmdStats) }},
+	{"new watch", func(r *rand.Rand, t target) message {
+		if len(t.watches) >= maxWatches {
+			return do(cmdWatchDel, t.oldest())
+		}
+		attrs := []attr{u64(aWatchVMID, t.vm(r).number()), u64(aWatchPeriod, pick(r, uint64(500_000), 1_000_000, 10_000_000, 3_600_000_000_000))}
+		if r.IntN(2) == 0 {
+			attrs = append(attrs, u32(aWatchBudget, pick(r, uint32(4096), 65536)), attr{typ: aWatchKey, value: random(r, 16)})
+		}
+		return do(cmdWatchNew, attrs...)
+	}},
+	{"items", func(r *rand.Rand, t target) message {
+		return do(cmdWatchAdd, append([]attr{t.watch(r)}, items(r, t)...)...)
+	}},
+	{"items of a cookie", func(r *rand.Rand, t target) message {
+		return do(cmdWatchDel, t.watch(r), u64(aWatchCookie, uint64(r.Uint32N(4))))
+	}},
+	{"end of a watch", func(r *rand.Rand, t target) message { return do(cmdWatchDel, t.watch(r)) }},
+	{"account of a watch", func(r *rand.Rand, t target) message { return do(cmdWatchGet, t.watch(r)) }},
+	{"accounts of all watches", func(*rand.Rand, target) message { return dump(cmdWatchGet) }},
 }
 
 func do(cmd uint8, attrs ...attr) message {
@@ -120,6 +140,18 @@ func (t target) vm(r *rand.Rand) attr {
 	return u64(aVMID, pick(r, t.vms...))
 }
 
+// number is the value of an attribute of 8 bytes.
+func (a attr) number() uint64 { return binary.NativeEndian.Uint64(a.value) }
+
+func (t target) watch(r *rand.Rand) attr {
+	if len(t.watches) == 0 {
+		return u64(aWatchID, 1)
+	}
+	return u64(aWatchID, pick(r, t.watches...))
+}
+
+func (t target) oldest() attr { return u64(aWatchID, t.watches[0]) }
+
 func (t target) vcpu(r *rand.Rand) uint32 { return r.Uint32N(max(1, t.vcpus)) }
 
 func ranges(r *rand.Rand) []attr {
@@ -129,6 +161,31 @@ func ranges(r *rand.Rand) []attr {
 			u64(aRangeAddress, uint64(r.Uint32N(2<<20))),
 			u32(aRangeLen, 1+r.Uint32N(pick(r, uint32(16), 4096, 8192))),
 		}})
+	}
+	return attrs
+}
+
+func items(r *rand.Rand, t target) []attr {
+	var attrs []attr
+	for range 1 + r.IntN(4) {
+		kind := pick(r, uint32(kindBytes), kindEntry, kindDigest, kindReg)
+		nest := []attr{u64(aItemCookie, uint64(r.Uint32N(4))), u32(aItemKind, kind)}
+		page := uint64(r.Uint32N(0x240)) << 12
+		switch kind {
+		case kindBytes:
+			n := 1 + r.IntN(64)
+			nest = append(nest, u64(aItemGPA, page+uint64(r.IntN(4096-n))), attr{typ: aItemData, value: random(r, n)})
+		case kindEntry:
+			nest = append(nest, u64(aItemGPA, page+8*uint64(r.IntN(512))), u64(aItemValue, 0), u64(aItemMask, r.Uint64()))
+		case kindDigest:
+			nest = append(nest, u64(aItemGPA, page), attr{typ: aItemData, value: random(r, 8*(1+r.IntN(4)))})
+		case kindReg:
+			nest = append(nest, u32(aItemRegister, 1+r.Uint32N(lastRegister)), u64(aItemValue, 0))
+			if r.IntN(2) == 0 {
+				nest = append(nest, u32(aItemVCPU, t.vcpu(r)))
+			}
+		}
+		attrs = append(attrs, attr{typ: aWatchItem | unix.NLA_F_NESTED, nest: nest})
 	}
 	return attrs
 }

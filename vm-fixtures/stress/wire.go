@@ -20,7 +20,11 @@ const (
 	cmdTableGet   = 5
 	cmdMemRead    = 6
 	cmdStats      = 7
-	cmdLast       = 9
+	cmdWatchNew   = 10
+	cmdWatchAdd   = 11
+	cmdWatchDel   = 12
+	cmdWatchGet   = 13
+	cmdLast       = 14
 
 	aVMID = 2 // of every set but RANGE
 
@@ -31,6 +35,15 @@ const (
 	aMemVCPU, aMemRoot         = 3, 4
 	aMemRange                  = 5
 	aRangeAddress, aRangeLen   = 2, 3
+
+	aWatchID, aWatchVMID, aWatchPeriod        = 2, 3, 4
+	aWatchBudget, aWatchKey                   = 5, 6
+	aWatchItem, aWatchCookie                  = 7, 8
+	aItemCookie, aItemKind, aItemGPA          = 2, 3, 4
+	aItemData, aItemValue, aItemMask          = 5, 6, 7
+	aItemRegister, aItemVCPU                  = 8, 9
+	kindBytes, kindEntry, kindDigest, kindReg = 1, 2, 3, 4
+	lastRegister                              = 24
 )
 
 const headerLen = unix.SizeofNlMsghdr + 4 // with struct genlmsghdr
@@ -91,7 +104,12 @@ type answers struct {
 	replies int64                // messages of the family
 	errs    map[unix.Errno]int64 // refusals, 0 for an acknowledgment
 	lost    int64                // how often the socket's buffer was full
+	watches []uint64             // that the socket has, or had
 }
+
+// maxWatches is how many watches a socket of Fuzz has before it ends one for
+// each that it makes.
+const maxWatches = 8
 
 // drain takes all that there is to receive; a dump goes on meanwhile.
 func (s *socket) drain(a *answers) error {
@@ -142,10 +160,23 @@ func (a *answers) count(b []byte) error {
 				return err
 			}
 			a.replies++
+			a.note(b[:size])
 		}
 		b = b[min(len(b), (size+3)&^3):]
 	}
 	return nil
+}
+
+// note keeps the id of a watch that was made; it is the first attribute.
+func (a *answers) note(b []byte) {
+	if b[unix.SizeofNlMsghdr] == cmdWatchNew && len(b) >= headerLen+16 {
+		// Aligned to 8 bytes by an attribute of padding before it, or not.
+		at := headerLen + unix.SizeofNlAttr
+		if binary.NativeEndian.Uint16(b[headerLen+2:]) != aWatchID {
+			at += unix.SizeofNlAttr
+		}
+		a.watches = append(a.watches, binary.NativeEndian.Uint64(b[at:]))
+	}
 }
 
 // checkAttributes is an error if a reply's attributes do not fill it.

@@ -1020,6 +1020,90 @@ func TestWatchUnload(t *testing.T) {
 	}
 }
 
+// A guest with a kernel: nothing is said of one that is honest, however busy it
+// is; a register that is turned is told of at once, on the vCPU where it is.
+func TestWatchLinux(t *testing.T) {
+	ctx, c, w := testContext(t), newClient(t), newWatcher(t)
+	g := sharedGuest(t, "web1")
+	vm := vmOf(t, c, g)
+	pages, err := g.Pages(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	vcpus, err := c.VCPUs(ctx, vm.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	items := []kvmaccess.Item{{Cookie: 1, Kind: kvmaccess.KindBytes, GPA: pages.GPA, Data: pages.Content()}}
+	for _, v := range vcpus {
+		for _, r := range []struct {
+			register    kvmaccess.Register
+			value, mask uint64
+		}{
+			{kvmaccess.RegisterCR0, v.CR0, 1<<31 | 1<<16 | 1},
+			{kvmaccess.RegisterCR4, v.CR4, 1<<20 | 1<<21 | 1<<5},
+			{kvmaccess.RegisterEFER, v.EFER, 0},
+			{kvmaccess.RegisterGDTRBase, v.GDTR.Base, 0},
+			{kvmaccess.RegisterGDTRLimit, uint64(v.GDTR.Limit), 0},
+			{kvmaccess.RegisterIDTRBase, v.IDTR.Base, 0},
+			{kvmaccess.RegisterIDTRLimit, uint64(v.IDTR.Limit), 0},
+			{kvmaccess.RegisterTRBase, v.TR.Base, 0},
+			{kvmaccess.RegisterTRSelector, uint64(v.TR.Selector), 0},
+			{kvmaccess.RegisterSTAR, v.STAR, 0},
+			{kvmaccess.RegisterLSTAR, v.LSTAR, 0},
+			{kvmaccess.RegisterCSTAR, v.CSTAR, 0},
+			{kvmaccess.RegisterSFMASK, v.SFMASK, 0},
+			{kvmaccess.RegisterSysenterCS, v.SysenterCS, 0},
+			{kvmaccess.RegisterSysenterESP, v.SysenterESP, 0},
+			{kvmaccess.RegisterSysenterEIP, v.SysenterEIP, 0},
+			{kvmaccess.RegisterPAT, v.PAT, 0},
+		} {
+			if r.mask != 0 {
+				r.value &= r.mask
+			}
+			items = append(items, kvmaccess.Item{Cookie: 100*uint64(v.ID) + uint64(r.register), Kind: kvmaccess.KindRegister,
+				Register: r.register, Value: r.value, Mask: r.mask, VCPU: new(v.ID)})
+		}
+	}
+	watch := newWatch(t, w, vm, kvmaccess.WatchConfig{Period: time.Millisecond}, items...)
+	if err := g.Spin(ctx, 2); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := g.Spin(context.Background(), 0); err != nil {
+			t.Error(err)
+		}
+	})
+	wantQuiet(t, w, watch, 300)
+	s := watchStats(t, watch)
+	t.Logf("%+v", s)
+	if s.Captures == 0 {
+		t.Error("a busy guest that never ran")
+	}
+
+	changes, err := g.Attack(ctx, "lstar_redirect", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%+v", changes)
+	told := map[uint32]bool{}
+	for len(told) < len(vcpus) {
+		e := nextEvent(t, w)
+		if e.Register != kvmaccess.RegisterLSTAR || e.State != kvmaccess.StateDifferent {
+			t.Fatalf("%+v", e)
+		}
+		told[e.VCPU] = true
+	}
+	if err := g.EndAttack(ctx, "lstar_redirect"); err != nil {
+		t.Fatal(err)
+	}
+	for range vcpus {
+		if e := nextEvent(t, w); e.Register != kvmaccess.RegisterLSTAR || e.State != kvmaccess.StateExpected {
+			t.Fatalf("%+v", e)
+		}
+	}
+}
+
 // VMs come and go, memslots and vCPUs too, and watches with them.
 func TestWatchChurn(t *testing.T) {
 	k := openKVM(t)
