@@ -81,6 +81,8 @@ need KALLSYMS_ALL 'the list of VMs is data, whose names are kept by this only'
 # Without KPROBES there is no KRETPROBES to speak of, and so on.
 [ -z "$(value KPROBES)" ] ||
 	want KRETPROBES 'a new VM is found by the next request, not announced at once'
+want DYNAMIC_FTRACE_WITH_ARGS 'each look at a VM searches the list of all of them'
+want HIGH_RES_TIMERS 'items are watched at the pace of the scheduler'"'"'s tick at most'
 registers='no registers, no descriptor tables, no memory by virtual address; physical memory and VMs only'
 want SYSFS "$registers (type information is read from /sys/kernel/btf)"
 want DEBUG_INFO_BTF "$registers (KVM's layouts are in the type information)"

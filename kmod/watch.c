@@ -690,7 +690,6 @@ static bool is_quick(const struct kvmaccess_watch *w)
 
 static void finish(struct kvmaccess_watch *w)
 {
-	w->under_way = false;
 	w->walking = false;
 	w->quick = is_quick(w);
 	w->stats.compared += w->stats.bytes;
@@ -912,6 +911,7 @@ static enum hrtimer_restart timer_fn(struct hrtimer *timer)
 	if (smp_load_acquire(&w->busy) == IDLE) {
 		w->deadline = ktime_to_ns(hrtimer_get_softexpires(timer));
 		w->spent = 0;
+		w->under_way = false;
 		if (!look_quickly(w))
 			queue_tick(w);
 	} else {

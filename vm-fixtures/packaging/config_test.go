@@ -82,6 +82,7 @@ var complete = []string{
 	"KVM=m", "KVM_AMD=m", "KVM_INTEL=m",
 	"KPROBES=y", "KRETPROBES=y", "KALLSYMS=y", "KALLSYMS_ALL=y",
 	"DEBUG_INFO_BTF=y", "DEBUG_INFO_BTF_MODULES=y",
+	"DYNAMIC_FTRACE_WITH_ARGS=y", "HIGH_RES_TIMERS=y",
 }
 
 // checkConfig runs check-config.sh on a configuration of these options.
@@ -146,7 +147,8 @@ func TestCheckConfig(t *testing.T) {
 	for _, o := range []string{"X86_64", "MODULES", "NET", "KVM", "KPROBES", "KALLSYMS", "KALLSYMS_ALL"} {
 		tests = append(tests, test{name: "no " + o, without: []string{o}, code: 1, named: []string{"required CONFIG_" + o}})
 	}
-	for _, o := range []string{"KRETPROBES", "SYSFS", "DEBUG_INFO_BTF", "DEBUG_INFO_BTF_MODULES", "MODULE_UNLOAD"} {
+	for _, o := range []string{"KRETPROBES", "SYSFS", "DEBUG_INFO_BTF", "DEBUG_INFO_BTF_MODULES", "MODULE_UNLOAD",
+		"DYNAMIC_FTRACE_WITH_ARGS", "HIGH_RES_TIMERS"} {
 		tests = append(tests, test{name: "no " + o, without: []string{o}, named: []string{"wanted CONFIG_" + o}})
 	}
 	row := regexp.MustCompile(`(?m)^check-config: (required|wanted|beware) +(CONFIG_\w+)`)

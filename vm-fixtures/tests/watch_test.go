@@ -285,7 +285,7 @@ func TestWatchItems(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, op := range vs.Ops {
-		if op.Command == "watch_event" && (op.Count == 0 || op.Bytes == 0 || op.Time == 0 || vs.Worker < op.Time) {
+		if op.Command == "watch_event" && (op.Count == 0 || op.Bytes == 0 || op.Time == 0 || vs.Worker+vs.Interrupt < op.Time) {
 			t.Errorf("the VM's account: %+v of %+v", op, vs)
 		}
 	}
