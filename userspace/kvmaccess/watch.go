@@ -103,8 +103,9 @@ type WatchStats struct {
 // maxEvents is how many events wait in a Watcher before it drops some.
 const maxEvents = 1 << 16
 
-// watchBuffer is the size of the socket's buffer for events, in bytes.
-const watchBuffer = 1 << 20
+// watchBuffer is the size of the socket's buffer for events, in bytes: for some
+// thousand of them.
+const watchBuffer = 8 << 20
 
 // Watcher owns watches and receives their events, by one socket. All of them
 // end with it, and with the process. It is safe for concurrent use.
@@ -140,9 +141,24 @@ func NewWatcher() (*Watcher, error) {
 		_ = g.Close()
 		return nil, err
 	}
-	// Without the right to have it so large, the usual size has to do.
-	_ = g.SetReadBuffer(watchBuffer)
+	if err := enlarge(g); err != nil {
+		_ = g.Close()
+		return nil, err
+	}
 	return newWatcher(g, family.ID), nil
+}
+
+// enlarge gives the socket a buffer for all events that may come at once,
+// beyond what programs may usually ask for. Without the right to that the usual
+// size has to do; a program without it is refused all watches anyway.
+func enlarge(g *genetlink.Conn) error {
+	raw, err := g.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("kvmaccess: watches: %w", err)
+	}
+	return raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, watchBuffer)
+	})
 }
 
 func newWatcher(g socket, family uint16) *Watcher {
@@ -359,7 +375,9 @@ const maxAdd = 48 << 10
 
 // Add adds items. Data that crosses the end of a page and long Digests are
 // split, and many items are added by several messages: after an error some of
-// them may have been added. WatchMaxItems counts the parts.
+// them may have been added. WatchMaxItems counts the parts. ENOBUFS, of this and
+// of the others that change a watch, says that the answer had no place among
+// events: what was asked for has been done or not, which Stats tells.
 func (w *Watch) Add(ctx context.Context, items ...Item) (WatchStats, error) {
 	head := appendU64(nil, aWatchID, uint64(w.ID))
 	b := slices.Clone(head)
@@ -474,7 +492,13 @@ func (w *Watch) Close(ctx context.Context) (WatchStats, error) {
 
 // Stats is the account of the watch.
 func (w *Watch) Stats(ctx context.Context) (WatchStats, error) {
-	return w.w.request(ctx, cmdWatchGet, w.VM, appendU64(nil, aWatchID, uint64(w.ID)))
+	for {
+		s, err := w.w.request(ctx, cmdWatchGet, w.VM, appendU64(nil, aWatchID, uint64(w.ID)))
+		// To ask again does no harm.
+		if !errors.Is(err, unix.ENOBUFS) {
+			return s, err
+		}
+	}
 }
 
 // Watches lists the accounts of all watches, whoever owns them.
