@@ -155,7 +155,7 @@ static int vm_doit(struct sk_buff *skb, struct genl_info *info)
 	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
 		err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_VM_ID], true,
-				    KVMACCESS_REPLY_SIZE);
+					      KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
 	return kvmaccess_request_end(&r, vm_fill_held(r.skb, r.vm), 0);
@@ -276,7 +276,7 @@ static int memslot_doit(struct sk_buff *skb, struct genl_info *info)
 	if (!attr)
 		return kvmaccess_request_miss(info->extack, "SLOT is missing");
 	err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_MEMSLOT_VM_ID], true,
-			    KVMACCESS_REPLY_SIZE);
+				      KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
 
@@ -535,7 +535,7 @@ static int vcpu_doit(struct sk_buff *skb, struct genl_info *info)
 	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
 		err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_VCPU_VM_ID], true,
-				    KVMACCESS_REPLY_SIZE);
+					      KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
 
@@ -793,11 +793,12 @@ static int mem_doit(struct sk_buff *skb, struct genl_info *info)
 		return err;
 	job.is_virtual = info->attrs[KVMACCESS_A_MEM_VCPU_ID];
 	if (info->attrs[KVMACCESS_A_MEM_ROOT] && !job.is_virtual)
-		return kvmaccess_request_miss(info->extack, "ROOT needs VCPU_ID, whose paging mode it is used in");
+		return kvmaccess_request_miss(info->extack,
+					      "ROOT needs VCPU_ID, whose paging mode it is used in");
 
 	/* At most 33 KiB, by constants only. */
 	err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_MEM_VM_ID], true,
-			    bytes + count * 64 + 256);
+				      bytes + count * 64 + 256);
 	if (err)
 		return err;
 
@@ -911,7 +912,7 @@ static int table_doit(struct sk_buff *skb, struct genl_info *info)
 	}
 
 	err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_TABLE_VM_ID], true,
-			    KVMACCESS_MAX_BYTES + 256);
+				      KVMACCESS_MAX_BYTES + 256);
 	if (err)
 		return err;
 	state = capture_paging(r.vm, info->attrs[KVMACCESS_A_TABLE_VCPU_ID], &vcpu,
@@ -974,7 +975,7 @@ static int stats_doit(struct sk_buff *skb, struct genl_info *info)
 	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
 		err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_STATS_VM_ID], false,
-				    KVMACCESS_REPLY_SIZE);
+					      KVMACCESS_REPLY_SIZE);
 	if (err)
 		return err;
 	return kvmaccess_request_end(&r, stats_fill(r.skb, r.vm), 0);

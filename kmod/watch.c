@@ -1236,6 +1236,7 @@ int kvmaccess_watch_del(struct kvmaccess_watch *w)
 /* As it is while the worker may be at it. */
 void kvmaccess_watch_stats(struct kvmaccess_watch *w, struct kvmaccess_watch_stats *stats)
 {
+	/* Each number is right, and that is all. */
 	*stats = data_race(w->stats);
 	stats->missed = READ_ONCE(w->missed);
 	stats->effective = effective_period(w);

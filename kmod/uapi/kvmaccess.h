@@ -412,9 +412,9 @@ enum kvmaccess_a_op {
 	KVMACCESS_A_OP_UNSPEC,
 	KVMACCESS_A_OP_PAD,
 	KVMACCESS_A_OP_CMD,		/* u32: enum kvmaccess_cmd */
-	KVMACCESS_A_OP_COUNT,		/* u64: requests; a dump counts each object; of WATCH_EVENT, ticks */
+	KVMACCESS_A_OP_COUNT,		/* u64: requests; each object of a dump; ticks */
 	KVMACCESS_A_OP_ERRORS,		/* u64: of them failed */
-	KVMACCESS_A_OP_TIME,		/* u64: ns from request to reply, waiting included, or of ticks */
+	KVMACCESS_A_OP_TIME,		/* u64: ns from request to reply, or of ticks */
 	KVMACCESS_A_OP_BYTES,		/* u64: bytes of guest memory read */
 
 	__KVMACCESS_A_OP_MAX,
@@ -535,7 +535,7 @@ enum kvmaccess_a_watch {
 	KVMACCESS_A_WATCH_BYTES,	/* u64: compared in each tick */
 	KVMACCESS_A_WATCH_DIGESTED,	/* u64: bytes that DIGESTs cover */
 	KVMACCESS_A_WATCH_TICKS,	/* u64 */
-	KVMACCESS_A_WATCH_MISSED,	/* u64: ticks that did not take place: the one before was under way */
+	KVMACCESS_A_WATCH_MISSED,	/* u64: ticks left out: one was under way */
 	KVMACCESS_A_WATCH_LATE,		/* u64: ticks that began more than 1 ms after their time */
 	KVMACCESS_A_WATCH_LATEST,	/* u64: ns that a tick began after its time, at most */
 	KVMACCESS_A_WATCH_TIME,		/* u64: ns of all ticks */
@@ -546,7 +546,7 @@ enum kvmaccess_a_watch {
 	KVMACCESS_A_WATCH_SKIPPED,	/* u64: vCPUs that had not run, in all ticks */
 	KVMACCESS_A_WATCH_UNSETTLED,	/* u64: captures at which some registers were in doubt */
 	KVMACCESS_A_WATCH_FAILED,	/* u64: captures that failed */
-	KVMACCESS_A_WATCH_DIFFERENT,	/* u32: items, pages of DIGESTs and vCPUs of REGISTERs, now */
+	KVMACCESS_A_WATCH_DIFFERENT,	/* u32: items, pages, registers of a vCPU */
 	KVMACCESS_A_WATCH_NOT_RESIDENT,	/* u32: likewise */
 	KVMACCESS_A_WATCH_NO_MEMSLOT,	/* u32: likewise */
 	KVMACCESS_A_WATCH_EVENTS,	/* u64: events sent */
@@ -565,11 +565,11 @@ enum kvmaccess_a_event {
 	KVMACCESS_A_EVENT_STATE,	/* u32: enum kvmaccess_state */
 	KVMACCESS_A_EVENT_TIME,		/* u64: ns of CLOCK_MONOTONIC when it was found */
 	KVMACCESS_A_EVENT_TICK,		/* u64: number of the tick, from 1 */
-	KVMACCESS_A_EVENT_COALESCED,	/* u64: changes of the item since its last event, but for this one */
-	KVMACCESS_A_EVENT_LOST,		/* u64: events of the watch since the last one that arrived */
+	KVMACCESS_A_EVENT_COALESCED,	/* u64: changes before this one, untold */
+	KVMACCESS_A_EVENT_LOST,		/* u64: events since the last that arrived */
 	KVMACCESS_A_EVENT_COOKIE,	/* u64 */
 	KVMACCESS_A_EVENT_KIND,		/* u32: enum kvmaccess_kind */
-	KVMACCESS_A_EVENT_GPA,		/* u64: of the first byte that differs, else of the item or page */
+	KVMACCESS_A_EVENT_GPA,		/* u64: of what differs, else of the item */
 	KVMACCESS_A_EVENT_OFFSET,	/* u32: of that in the item, bytes */
 	KVMACCESS_A_EVENT_EXPECTED,	/* binary */
 	KVMACCESS_A_EVENT_DATA,		/* binary, absent where it cannot be read */
