@@ -946,7 +946,8 @@ func TestWatchRestlessGuest(t *testing.T) {
 	s := watchStats(t, watch)
 	limit := uint64(512 + 1000*(time.Since(start)+time.Second)/time.Second)
 	t.Logf("%+v", s)
-	if s.Events > limit || s.Coalesced == 0 || s.Different != 100 {
+	// On a machine that is so busy that few ticks took place there is nothing to coalesce.
+	if s.Events > limit || s.Coalesced == 0 && 100*s.Ticks > 2*limit || s.Different != 100 {
 		t.Errorf("%d events in %v, want %d at most: %+v", s.Events, time.Since(start), limit, s)
 	}
 	stopped(t, g)
