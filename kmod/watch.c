@@ -639,6 +639,8 @@ static void stretch(struct kvmaccess_watch *w, u64 spent)
 	w->stats.time += spent;
 	if (spent > w->stats.longest)
 		w->stats.longest = spent;
+	/* One that was kept waiting by an interrupt of another CPU is not the rule. */
+	spent = min(spent, max(8 * w->cost, w->stats.period));
 	w->cost = w->cost ? (7 * w->cost + spent) / 8 : spent;
 	effective = max(w->stats.period, 2 * w->cost);
 	set_load(w, w->cost * 1000000 / effective);
