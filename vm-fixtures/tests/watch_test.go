@@ -352,6 +352,10 @@ func TestWatchRegisters(t *testing.T) {
 			t.Errorf("after the guest has set its registers: %+v", s)
 		}
 	}
+	until(t, c, vm.ID, 0, "with its LSTAR", func(v kvmaccess.VCPU) bool { return v.LSTAR == lstar })
+	for from := watchStats(t, watch).Ticks; watchStats(t, watch).Ticks < from+3; {
+		time.Sleep(watchPeriod)
+	}
 	settled()
 	wantQuiet(t, w, watch, 20)
 	for range 5 {
