@@ -118,55 +118,61 @@ int kvmaccess_memory_read(struct kvmaccess_memory *memory, u64 gpa, void *to,
 	return 0;
 }
 
+/* An entry of what may not be a page table any more; false if not present. */
+static bool host_entry(unsigned long pfn, unsigned long index, unsigned long *entry)
+{
+	if (!pfn_valid(pfn))
+		return false;
+	__get_kernel_nofault(entry, (const unsigned long *)pfn_to_kaddr(pfn) + index,
+			     unsigned long, absent);
+	return *entry & _PAGE_PRESENT;
+
+absent:
+	return false;
+}
+
 /*
  * Where the kernel has the page of the VMM's address, without its address space
  * being adopted; NULL if it is not in place, or no ordinary memory. With
- * interrupts off, and only until they are on again: page tables that are taken
- * out meanwhile are not freed before, which is what lockless lookups of user
- * pages rely on. The page is not kept. It may be taken away and be given to
- * somebody else while it is looked at, so what is found there may be compared
- * and nothing more; and as it need not be mapped, reading it may fault.
+ * interrupts off.
+ *
+ * The caller keeps the struct mm, so there is a top-level table. Nothing keeps
+ * those below: x86 before 6.15 frees page tables after an interrupt to those
+ * CPUs only that use the mm, of which this need not be one, so that lockless
+ * lookups of get_user_pages_fast() are no model. A table may be anything else
+ * by the time it is read, and its entries any number. Each is therefore taken
+ * for what it is: the number of a page, which is checked to be memory and then
+ * read so that a fault does no harm. Nor is the page itself kept: what is found
+ * there may be compared, and nothing more. If it differs, the worker looks in
+ * the address space; that other bytes than the VM's are just those that are
+ * expected, in the moment in which it gives the page up, hides nothing that
+ * the next tick would not find.
  */
 const void *kvmaccess_memory_mapped(struct mm_struct *mm, unsigned long hva)
 {
-	unsigned long pfn;
-	pgd_t pgd;
-	p4d_t p4d;
-	pud_t pud;
-	pmd_t pmd;
-	pte_t pte;
+	static const unsigned int shifts[] = {
+		P4D_SHIFT, PUD_SHIFT, PMD_SHIFT, PAGE_SHIFT,
+	};
+	unsigned long entry, size, pfn;
+	unsigned int i;
 
 	lockdep_assert_irqs_disabled();
 
-	/* Else they are freed after an interrupt to those that use the mm. */
-	if (!IS_ENABLED(CONFIG_MMU_GATHER_RCU_TABLE_FREE))
+	entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
+	if (!(entry & _PAGE_PRESENT))
 		return NULL;
-
-	pgd = READ_ONCE(*pgd_offset(mm, hva));
-	if (!pgd_present(pgd))
-		return NULL;
-	p4d = READ_ONCE(*p4d_offset(&pgd, hva));
-	if (!p4d_present(p4d))
-		return NULL;
-	pud = READ_ONCE(*pud_offset(&p4d, hva));
-	if (!pud_present(pud))
-		return NULL;
-	if (pud_leaf(pud)) {
-		pfn = pud_pfn(pud) + ((hva & ~PUD_MASK) >> PAGE_SHIFT);
-	} else {
-		pmd = READ_ONCE(*pmd_offset(&pud, hva));
-		if (!pmd_present(pmd))
+	for (i = pgtable_l5_enabled() ? 0 : 1; i < ARRAY_SIZE(shifts); i++) {
+		pfn = (entry & PTE_PFN_MASK) >> PAGE_SHIFT;
+		if (!host_entry(pfn, (hva >> shifts[i]) & (PTRS_PER_PTE - 1), &entry))
 			return NULL;
-		if (pmd_leaf(pmd)) {
-			pfn = pmd_pfn(pmd) + ((hva & ~PMD_MASK) >> PAGE_SHIFT);
-		} else {
-			pte = READ_ONCE(*pte_offset_kernel(&pmd, hva));
-			/* Special: of a device, for instance. */
-			if (!pte_present(pte) || pte_special(pte))
-				return NULL;
-			pfn = pte_pfn(pte);
-		}
+		if (shifts[i] == PAGE_SHIFT || (entry & _PAGE_PSE && shifts[i] <= PUD_SHIFT))
+			break;
 	}
+	/* Special: of a device, for instance. */
+	if (entry & _PAGE_SPECIAL)
+		return NULL;
+	size = 1UL << shifts[i];
+	pfn = ((entry & PTE_PFN_MASK & ~(size - 1)) | (hva & (size - 1))) >> PAGE_SHIFT;
 	if (!pfn_valid(pfn))
 		return NULL;
 	return pfn_to_kaddr(pfn) + offset_in_page(hva);

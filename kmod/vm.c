@@ -132,6 +132,12 @@ static bool hold_listed(struct kvm *wanted)
 	return held;
 }
 
+/* Whether kvmaccess_vm_hold() may be called in an interrupt: it need not sleep. */
+bool kvmaccess_vm_holds_in_interrupts(void)
+{
+	return has_destroy_hook;
+}
+
 /*
  * Take a reference to the VM of @vm, an entry that is kept; false if it is
  * gone. Until kvmaccess_vm_stop() only.

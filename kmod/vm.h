@@ -46,6 +46,7 @@ void kvmaccess_vm_exit(void);
 bool kvmaccess_vm_has_events(void);
 struct kvmaccess_vm * __must_check
 kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack);
+bool kvmaccess_vm_holds_in_interrupts(void);
 bool __must_check kvmaccess_vm_hold(struct kvmaccess_vm *vm);
 void kvmaccess_vm_keep(struct kvmaccess_vm *vm);
 void kvmaccess_vm_forget(struct kvmaccess_vm *vm);

@@ -683,7 +683,8 @@ static void begin(struct kvmaccess_watch *w)
 /* Whether the next tick is likely to find everything as expected, at once. */
 static bool is_quick(const struct kvmaccess_watch *w)
 {
-	return !w->untold && !w->stats.digested && w->stats.bytes <= QUICK_BYTES &&
+	return kvmaccess_vm_holds_in_interrupts() &&
+	       !w->untold && !w->stats.digested && w->stats.bytes <= QUICK_BYTES &&
 	       w->stats.items <= QUICK_ITEMS && w->nr_vcpus <= QUICK_VCPUS &&
 	       !w->stats.in_state[KVMACCESS_STATE_DIFFERENT] &&
 	       !w->stats.in_state[KVMACCESS_STATE_NOT_RESIDENT] &&
