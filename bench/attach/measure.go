@@ -11,15 +11,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/kvmaccess/kvmaccess/bench/inside"
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
-	"github.com/kvmaccess/kvmaccess/vm-fixtures/boot"
 	fixture "github.com/kvmaccess/kvmaccess/vm-fixtures/guest"
-	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/truth"
 )
 
@@ -89,7 +87,7 @@ var variants = []variant{
 // Measure attaches n times cold and n times cached to guests of each kernel,
 // booted in up to most ways. Of the structs each every-th is compared.
 func Measure(ctx context.Context, kernels []string, n, every, most int, progress func(string)) (*Run, error) {
-	if err := boot.LoadModule(filepath.Join(os.Getenv(host.Env), host.ModuleFile), ""); err != nil {
+	if err := inside.LoadModule(); err != nil {
 		return nil, err
 	}
 	c, err := kvmaccess.New()

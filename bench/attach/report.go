@@ -3,16 +3,11 @@
 package attach
 
 import (
-	"bytes"
 	_ "embed"
-	"encoding/csv"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"image/color"
 	"io"
-	"os"
-	"path/filepath"
 	"strconv"
 	"text/template"
 
@@ -26,12 +21,10 @@ import (
 
 // Report is what a measurement of all kernels gave.
 type Report struct {
-	Command string
-	Date    string
-	Host    string // kernel of the emulated host
-	Load    string // of the emulating machine meanwhile: load averages before and after
-	Rows    []Row
-	Machine report.Machine
+	report.Origin
+	Host string // kernel of the emulated host
+	Load string // of the emulating machine meanwhile: load averages before and after
+	Rows []Row
 }
 
 // Summarize fills in the times of a run's rows.
@@ -73,37 +66,17 @@ var page = template.Must(template.New("report").Funcs(template.FuncMap{
 }).Parse(text))
 
 // Write writes report.md, summary.json, samples.csv and attach.png into a
-// directory. Nothing is written unless all of it can be made.
+// directory.
 func (r *Report) Write(dir string, samples []Sample) error {
-	var md, table, picture bytes.Buffer
-	if err := page.Execute(&md, r); err != nil {
-		return err
-	}
-	if err := writeCSV(&table, samples); err != nil {
-		return err
-	}
-	if err := r.draw(&picture); err != nil {
-		return err
-	}
-	summary, err := json.MarshalIndent(r.Rows, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	for name, content := range map[string][]byte{
-		"report.md": md.Bytes(), "summary.json": append(summary, '\n'), "samples.csv": table.Bytes(), "attach.png": picture.Bytes(),
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
-			return err
-		}
-	}
-	return nil
+	return report.WriteAll(dir,
+		report.Markdown(page, r),
+		report.JSON(report.SummaryFile, r.Rows),
+		report.CSV(report.SamplesFile, table(samples)),
+		report.File{Name: "attach.png", Write: r.draw},
+	)
 }
 
-func writeCSV(w io.Writer, samples []Sample) error {
-	out := csv.NewWriter(w)
+func table(samples []Sample) [][]string {
 	rows := [][]string{{"guest", "kind", "seconds", "bytes", "reads"}}
 	for _, s := range samples {
 		rows = append(rows, []string{
@@ -111,7 +84,7 @@ func writeCSV(w io.Writer, samples []Sample) error {
 			strconv.FormatUint(s.Bytes, 10), strconv.FormatUint(s.Reads, 10),
 		})
 	}
-	return out.WriteAll(rows)
+	return rows
 }
 
 // draw draws a bar for each time of each guest.

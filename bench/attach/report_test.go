@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/kvmaccess/kvmaccess/bench/report"
 )
 
 // What is written has the medians of the samples, and all that the summary's
@@ -26,7 +28,7 @@ func TestWrite(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	rep := Report{Command: "make", Date: "2026-11-23", Host: r.Host, Rows: r.Rows}
+	rep := Report{Origin: report.Origin{Command: "make", Date: "2026-11-23"}, Host: r.Host, Rows: r.Rows}
 	if err := rep.Write(dir, r.Samples); err != nil {
 		t.Fatal(err)
 	}

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -17,9 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/kvmaccess/kvmaccess/bench/inside"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
-	"github.com/kvmaccess/kvmaccess/vm-fixtures/boot"
-	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/tinyvm"
 )
 
@@ -79,7 +77,7 @@ var situations = []situation{
 // for, and that needs at least cpus of them, on the host that it runs on, one
 // that vmfixture booted.
 func Measure(ctx context.Context, n, cpus int) (*Run, error) {
-	if err := boot.LoadModule(filepath.Join(os.Getenv(host.Env), host.ModuleFile), ""); err != nil {
+	if err := inside.LoadModule(); err != nil {
 		return nil, err
 	}
 	c, err := kvmaccess.New()

@@ -3,12 +3,9 @@
 package capture
 
 import (
-	"bytes"
 	_ "embed"
-	"encoding/json"
 	"fmt"
-	"os"
-	"path/filepath"
+	"io"
 	"text/template"
 
 	"github.com/kvmaccess/kvmaccess/bench/report"
@@ -16,10 +13,8 @@ import (
 
 // Report is what a measurement of all hosts gave.
 type Report struct {
-	Command string
-	Date    string
-	Rows    []Row
-	Machine report.Machine
+	report.Origin
+	Rows []Row
 }
 
 //go:embed report.md.tmpl
@@ -35,28 +30,10 @@ var page = template.Must(template.New("report").Funcs(template.FuncMap{
 }).Parse(text))
 
 // Write writes report.md, summary.json and samples.csv into a directory.
-// Nothing is written unless all of it can be made.
 func (r *Report) Write(dir string, clocks []Clock, runs []*Run) error {
-	var md, samples bytes.Buffer
-	if err := page.Execute(&md, r); err != nil {
-		return err
-	}
-	if err := WriteCSV(&samples, clocks, runs); err != nil {
-		return err
-	}
-	summary, err := json.MarshalIndent(r.Rows, "", "  ")
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	for name, content := range map[string][]byte{
-		"report.md": md.Bytes(), "summary.json": append(summary, '\n'), "samples.csv": samples.Bytes(),
-	} {
-		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
-			return err
-		}
-	}
-	return nil
+	return report.WriteAll(dir,
+		report.Markdown(page, r),
+		report.JSON(report.SummaryFile, r.Rows),
+		report.File{Name: report.SamplesFile, Write: func(w io.Writer) error { return WriteCSV(w, clocks, runs) }},
+	)
 }

@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/kvmaccess/kvmaccess/bench/sample"
-	"github.com/kvmaccess/kvmaccess/vm-fixtures/boot"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/guest"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
 )
@@ -32,7 +31,7 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	if payload == "" {
 		return fmt.Errorf("%s is not set: this runs under 'vmfixture run'", host.Env)
 	}
-	if err := boot.LoadModule(filepath.Join(payload, host.ModuleFile), ""); err != nil {
+	if err := LoadModule(); err != nil {
 		return err
 	}
 	about, err := describe()

@@ -92,15 +92,11 @@ func parse(args []string) options {
 func run(ctx context.Context, o options, stdout io.Writer) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	start := time.Now()
-	dir, err := os.MkdirTemp("", "kvmaccess-bench-")
+	h, err := outside.NewHost(ctx, log, o.mode.timeout)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	log.Info("building")
-	if err := outside.Build(ctx, dir); err != nil {
-		return err
-	}
+	defer h.Close()
 
 	r := &report.Report{Plans: o.mode.plans(o.seed), Machine: report.ThisMachine()}
 	if r.Machine.Emulator, err = host.QEMUVersion(ctx, log); err != nil {
@@ -112,7 +108,7 @@ func run(ctx context.Context, o options, stdout io.Writer) error {
 	for _, plan := range r.Plans {
 		log.Info("measuring", "clock", plan.Clock, "samples", len(plan.Steps()), "seed", plan.Seed,
 			"host's time", plan.Duration().Round(time.Second))
-		take := outside.Run{Plan: plan, CPUs: 2, Dir: dir, Timeout: o.mode.timeout, Log: log}
+		take := outside.Run{Host: *h, Plan: plan, CPUs: 2}
 		result, err := take.Take(ctx)
 		if result == nil {
 			return fmt.Errorf("%s: %w", plan.Clock, err)

@@ -6,23 +6,20 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/bench/attach"
+	"github.com/kvmaccess/kvmaccess/bench/inside"
 	"github.com/kvmaccess/kvmaccess/bench/outside"
 	"github.com/kvmaccess/kvmaccess/bench/report"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/cache"
@@ -44,8 +41,13 @@ func main() {
 		os.Exit(2)
 	}
 	var err error
-	if os.Getenv(host.Env) != "" {
-		err = inside(ctx, strings.Split(*kernels, ","), *n, *every, *ways)
+	if inside.OnHost() {
+		err = inside.Serve(func(alive func(string)) (*attach.Run, error) {
+			return attach.Measure(ctx, strings.Split(*kernels, ","), *n, *every, *ways, func(guest string) {
+				fmt.Fprintln(os.Stderr, "attaching:", guest)
+				alive(guest)
+			})
+		})
 	} else {
 		err = measure(ctx, *out, *suite, *kernels, *n, *every, *ways)
 	}
@@ -55,33 +57,16 @@ func main() {
 	}
 }
 
-// inside measures on this very host and writes what it finds as JSON.
-func inside(ctx context.Context, kernels []string, n, every, ways int) error {
-	r, err := attach.Measure(ctx, kernels, n, every, ways, func(guest string) {
-		fmt.Fprintln(os.Stderr, "attaching:", guest)
-	})
-	if err != nil {
-		return err
-	}
-	return json.NewEncoder(os.Stdout).Encode(r)
-}
-
 func measure(ctx context.Context, out, suite, kernels string, n, every, ways int) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	start := time.Now()
-	dir, err := os.MkdirTemp("", "kvmaccess-attach-")
+	rep := &attach.Report{Origin: report.ThisRun("benchattach", os.Args[1:])}
+	h, err := outside.NewHost(ctx, log, 2*time.Hour, "--suite", suite, "--cpu", "max", "--guest", kernels)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	if err := outside.Build(ctx, dir); err != nil {
-		return err
-	}
-	rep := &attach.Report{
-		Command: strings.Join(append([]string{"go run ./bench/cmd/benchattach"}, os.Args[1:]...), " "),
-		Date:    start.UTC().Format(time.DateOnly),
-		Machine: report.ThisMachine(),
-	}
+	defer h.Close()
+	h.Stall = h.Timeout // by the wall's clock, hosts do not stand still
 	if rep.Machine.Emulator, err = host.QEMUVersion(ctx, log); err != nil {
 		return err
 	}
@@ -90,22 +75,13 @@ func measure(ctx context.Context, out, suite, kernels string, n, every, ways int
 		return err
 	}
 	log.Info("measuring", "kernels", kernels, "attachments", n)
-	var stdout bytes.Buffer
-	cmd := exec.CommandContext(ctx, filepath.Join(dir, "vmfixture"), "run", "--suite", suite, "--cpu", "max", "--guest", kernels,
-		"--timeout", "120m", "--", filepath.Join(dir, "benchattach"),
+	r, err := outside.Measure[attach.Run](ctx, h, "benchattach",
 		"-guests", kernels, "-n", strconv.Itoa(n), "-every", strconv.Itoa(every), "-ways", strconv.Itoa(ways))
-	cmd.Stdout, cmd.Stderr = &stdout, os.Stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = 30 * time.Second
-	if err := cmd.Run(); err != nil {
+	if err != nil {
 		return err
 	}
 	after, err := load()
 	if err != nil {
-		return err
-	}
-	var r attach.Run
-	if err := json.Unmarshal(stdout.Bytes(), &r); err != nil {
 		return err
 	}
 	if len(r.Rows) == 0 {

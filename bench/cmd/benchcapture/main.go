@@ -6,24 +6,20 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"strconv"
-	"strings"
 	"syscall"
 	"text/tabwriter"
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/bench/capture"
+	"github.com/kvmaccess/kvmaccess/bench/inside"
 	"github.com/kvmaccess/kvmaccess/bench/outside"
 	"github.com/kvmaccess/kvmaccess/bench/report"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
@@ -42,8 +38,8 @@ func main() {
 		os.Exit(2)
 	}
 	var err error
-	if os.Getenv(host.Env) != "" {
-		err = inside(ctx, *n, *cpus)
+	if inside.OnHost() {
+		err = inside.Serve(func(func(string)) (*capture.Run, error) { return capture.Measure(ctx, *n, *cpus) })
 	} else {
 		err = measure(ctx, *out, *suite, *n)
 	}
@@ -53,34 +49,19 @@ func main() {
 	}
 }
 
-// inside measures on this very host and writes what it finds as JSON.
-func inside(ctx context.Context, n, cpus int) error {
-	r, err := capture.Measure(ctx, n, cpus)
-	if err != nil {
-		return err
-	}
-	return json.NewEncoder(os.Stdout).Encode(r)
-}
-
 func measure(ctx context.Context, out, suite string, n int) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	start := time.Now()
-	dir, err := os.MkdirTemp("", "kvmaccess-capture-")
+	rep := &capture.Report{Origin: report.ThisRun("benchcapture", os.Args[1:])}
+	h, err := outside.NewHost(ctx, log, 15*time.Minute)
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
-	if err := outside.Build(ctx, dir); err != nil {
-		return err
-	}
-	rep := &capture.Report{
-		Command: strings.Join(append([]string{"go run ./bench/cmd/benchcapture"}, os.Args[1:]...), " "),
-		Date:    start.UTC().Format(time.DateOnly),
-		Machine: report.ThisMachine(),
-	}
+	defer h.Close()
+	h.Stall = h.Timeout // it says nothing before the end
 	var clocks []capture.Clock
 	var runs []*capture.Run
-	for _, h := range []struct {
+	for _, c := range []struct {
 		clock capture.Clock
 		n     int
 		cpus  int // that conditions need at least
@@ -91,45 +72,27 @@ func measure(ctx context.Context, out, suite string, n int) error {
 		{capture.BochsInstructions, n / 10, 2, []string{"--vendor", host.VMX, "--smp", "2"}},
 		{capture.Wall, n, 1, []string{"--smp", "2"}},
 	} {
-		log.Info("measuring", "clock", h.clock, "captures in each condition", h.n)
-		r, err := take(ctx, dir, append([]string{"--suite", suite}, h.flags...), h.n, h.cpus)
-		if err != nil {
-			return fmt.Errorf("%s: %w", h.clock, err)
+		log.Info("measuring", "clock", c.clock, "captures in each condition", c.n)
+		h.Flags = append([]string{"--suite", suite}, c.flags...)
+		r, err := outside.Measure[capture.Run](ctx, h, "benchcapture", "-n", strconv.Itoa(c.n), "-cpus", strconv.Itoa(c.cpus))
+		if err == nil && len(r.Samples) == 0 {
+			err = errors.New("no capture was taken")
 		}
-		rows, err := capture.Summarize(h.clock, r)
 		if err != nil {
-			return fmt.Errorf("%s: %w", h.clock, err)
+			return fmt.Errorf("%s: %w", c.clock, err)
+		}
+		rows, err := capture.Summarize(c.clock, r)
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.clock, err)
 		}
 		rep.Rows = append(rep.Rows, rows...)
-		clocks, runs = append(clocks, h.clock), append(runs, r)
+		clocks, runs = append(clocks, c.clock), append(runs, r)
 	}
 	if err := rep.Write(out, clocks, runs); err != nil {
 		return err
 	}
 	log.Info("results are written", "directory", out, "took", time.Since(start).Round(time.Second))
 	return show(rep.Rows)
-}
-
-// take has captures taken on a host that is booted for it.
-func take(ctx context.Context, dir string, flags []string, n, cpus int) (*capture.Run, error) {
-	args := append([]string{"run", "--timeout", "15m"}, flags...)
-	args = append(args, "--", filepath.Join(dir, "benchcapture"), "-n", strconv.Itoa(n), "-cpus", strconv.Itoa(cpus))
-	var stdout bytes.Buffer
-	cmd := exec.CommandContext(ctx, filepath.Join(dir, "vmfixture"), args...)
-	cmd.Stdout, cmd.Stderr = &stdout, os.Stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = 30 * time.Second
-	if err := cmd.Run(); err != nil {
-		return nil, err
-	}
-	var r capture.Run
-	if err := json.Unmarshal(stdout.Bytes(), &r); err != nil {
-		return nil, err
-	}
-	if len(r.Samples) == 0 {
-		return nil, errors.New("no capture was taken")
-	}
-	return &r, nil
 }
 
 func show(rows []capture.Row) error {
