@@ -32,16 +32,36 @@ const (
 	DefaultKeep     = 100_000
 )
 
-// Bounds of a period.
+// Mode says who compares.
+type Mode string
+
 const (
-	MinPeriod = time.Millisecond
-	MaxPeriod = 24 * time.Hour
+	// ModeWatch: the module compares, and the daemon looks when it finds a
+	// change.
+	ModeWatch Mode = "watch"
+	// ModePoll: the daemon reads each period and compares.
+	ModePoll Mode = "poll"
+)
+
+// Bounds of a period in poll mode, and in watch mode.
+const (
+	MinPeriod      = time.Millisecond
+	MaxPeriod      = 24 * time.Hour
+	MinWatchPeriod = kvmaccess.WatchMinPeriod * time.Nanosecond
+	MaxWatchPeriod = kvmaccess.WatchMaxPeriod * time.Nanosecond
 )
 
 // Config is what the daemon is told: defaults, then the file, then flags.
 type Config struct {
-	// Period at which each VM is checked, MinPeriod to MaxPeriod.
+	// Mode is ModeWatch or ModePoll. Where the module cannot watch, it is
+	// ModePoll.
+	Mode Mode `yaml:"mode"`
+	// Period at which each VM is checked, MinPeriod to MaxPeriod, in watch mode
+	// MinWatchPeriod to MaxWatchPeriod; 0: DefaultPeriod, or as CPUBudget has it.
 	Period time.Duration `yaml:"period"`
+	// CPUBudget is what monitoring may take of a CPU, in watch mode: periods are
+	// chosen by it. 0: they are given.
+	CPUBudget Share `yaml:"cpu_budget"`
 	// Socket of the API.
 	Socket string `yaml:"socket"`
 	// StateDir is a directory for what survives a restart.
@@ -76,7 +96,7 @@ type VMConfig struct {
 // Default is the configuration without a file and flags.
 func Default() Config {
 	return Config{
-		Period:   DefaultPeriod,
+		Mode:     ModeWatch,
 		Socket:   DefaultSocket,
 		StateDir: DefaultStateDir,
 		Relist:   DefaultRelist,
@@ -127,12 +147,32 @@ func plain(err error) string {
 func (c *Config) Check() error {
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	least, most := MinPeriod, MaxPeriod
+	switch c.Mode {
+	case ModePoll:
+	case ModeWatch:
+		least, most = MinWatchPeriod, MaxWatchPeriod
+	default:
+		bad("mode is %q: it must be %s or %s", c.Mode, ModeWatch, ModePoll)
+	}
 	period := func(what string, p time.Duration) {
-		if p < MinPeriod || p > MaxPeriod {
-			bad("%s is %v: periods go from %v to %v", what, p, MinPeriod, MaxPeriod)
+		if p < least || p > most {
+			bad("%s is %v: in %s mode periods go from %v to %v", what, p, c.Mode, least, most)
 		}
 	}
-	period("period", c.Period)
+	switch {
+	case c.CPUBudget != 0 && c.Mode == ModePoll:
+		bad("cpu_budget needs mode %s: in poll mode give a period", ModeWatch)
+	case c.CPUBudget != 0 && (c.CPUBudget < MinBudget || c.CPUBudget > MaxBudget):
+		bad("cpu_budget is %v: it goes from %v to %v of a CPU", c.CPUBudget, MinBudget, MaxBudget)
+	case c.CPUBudget != 0 && c.Period != 0:
+		bad("cpu_budget is %v, which chooses the period, and period is %v: give one of them", c.CPUBudget, c.Period)
+	case c.CPUBudget == 0 && c.Period == 0:
+		c.Period = DefaultPeriod
+	}
+	if c.Period != 0 {
+		period("period", c.Period)
+	}
 	if c.Relist < 100*time.Millisecond {
 		bad("relist is %v: it must be 100ms or more", c.Relist)
 	}
@@ -154,7 +194,9 @@ func (c *Config) Check() error {
 		c.Findings = filepath.Join(c.StateDir, DefaultFindings)
 	}
 	for name, vm := range c.VMs {
-		if vm.Period != 0 {
+		if vm.Period != 0 && c.CPUBudget != 0 {
+			bad("cpu_budget is %v, which chooses the periods, and the period of VM %q is %v: give one of them", c.CPUBudget, name, vm.Period)
+		} else if vm.Period != 0 {
 			period(fmt.Sprintf("period of VM %q", name), vm.Period)
 		}
 		for i, r := range vm.Ranges {
@@ -199,11 +241,25 @@ func (c *Config) SetPeriod(arg string) error {
 	if err != nil || ok && name == "" {
 		return fmt.Errorf("%q is neither a duration with a unit (500ms, 1s) nor VM=DURATION", arg)
 	}
+	c.CPUBudget = 0 // which the file has
 	if !ok {
 		c.Period = p
 		return nil
 	}
 	c.change(name, func(vm *VMConfig) { vm.Period = p })
+	return nil
+}
+
+// SetBudget takes what --cpu-budget is given, which goes before periods in the
+// file.
+func (c *Config) SetBudget(arg string) error {
+	if err := c.CPUBudget.UnmarshalText([]byte(arg)); err != nil {
+		return err
+	}
+	c.Period = 0
+	for name := range c.VMs {
+		c.change(name, func(vm *VMConfig) { vm.Period = 0 })
+	}
 	return nil
 }
 

@@ -19,6 +19,7 @@ import (
 func TestConfig(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "c.yaml")
 	text := `
+mode: watch
 period: 250ms
 findings: "-"
 log_level: debug
@@ -54,7 +55,7 @@ vms:
 	}
 	ranges := []integrity.MemoryRange{{Name: "ops", Symbol: "my_ops", Length: 8}, {Address: 0xffffffff81000000, Length: 4096}}
 	want := Config{
-		Period: 2 * time.Second, Socket: DefaultSocket, StateDir: DefaultStateDir, Findings: "-", Symbols: "./x=y",
+		Mode: ModeWatch, Period: 2 * time.Second, Socket: DefaultSocket, StateDir: DefaultStateDir, Findings: "-", Symbols: "./x=y",
 		Relist: DefaultRelist, Verify: DefaultVerify, Keep: DefaultKeep, LogLevel: slog.LevelDebug,
 		VMs: map[string]VMConfig{
 			"web": {Period: 5 * time.Millisecond, Ranges: ranges}, "AAAA-1": {Symbols: "/b"},
@@ -127,25 +128,32 @@ func TestExampleConfig(t *testing.T) {
 
 func TestConfigErrors(t *testing.T) {
 	for name, test := range map[string]struct{ text, want string }{
-		"unknown setting":        {"period: 1s\nperiode: 2s\n", "line 2: there is no setting periode here"},
-		"unknown setting of VM":  {"vms:\n  web:\n    perod: 1s\n", "line 3: there is no setting perod here"},
-		"no unit":                {"period: often\n", "line 1"},
-		"number as period":       {"period: 1\n", "line 1: cannot unmarshal !!int `1` as a duration (write it with a unit: 500ms, 1s)"},
-		"period too short":       {"period: 999us\n", "period is 999µs: periods go from 1ms to 24h0m0s"},
-		"period of VM too short": {"vms: {web: {period: 10us}}\n", `period of VM "web" is 10µs`},
-		"negative period":        {"period: -1s\n", "period is -1s"},
-		"twice":                  {"period: 1s\nperiod: 2s\n", "line 2"},
-		"not YAML":               {"period: [\n", "line 1"},
-		"two documents":          {"period: 1s\n---\nperiod: 2s\n", "more than one YAML document"},
-		"empty range":            {"vms: {web: {ranges: [{symbol: a}]}}\n", `range 1 of VM "web" is 0 bytes long: 1 to 28672`},
-		"range of nothing":       {"vms: {web: {ranges: [{length: 1}]}}\n", "give either a symbol or an address"},
-		"level":                  {"log_level: loud\n", "loud"},
-		"keep nothing":           {"keep: 0\n", "keep is 0"},
-		"relist":                 {"relist: 1ms\n", "relist is 1ms"},
-		"verify":                 {"verify: 10ms\n", "verify is 10ms"},
-		"socket path":            {"socket: /" + strings.Repeat("x", 120) + "\n", "at most 103"},
-		"no socket":              {"socket: ''\n", "socket is empty"},
-		"no state":               {"state_dir: ''\n", "state_dir is empty"},
+		"unknown setting":          {"period: 1s\nperiode: 2s\n", "line 2: there is no setting periode here"},
+		"unknown setting of VM":    {"vms:\n  web:\n    perod: 1s\n", "line 3: there is no setting perod here"},
+		"no unit":                  {"period: often\n", "line 1"},
+		"number as period":         {"period: 1\n", "line 1: cannot unmarshal !!int `1` as a duration (write it with a unit: 500ms, 1s)"},
+		"period too short":         {"period: 499us\n", "period is 499µs: in watch mode periods go from 500µs to 1h0m0s"},
+		"period too short to poll": {"mode: poll\nperiod: 999us\n", "period is 999µs: in poll mode periods go from 1ms to 24h0m0s"},
+		"no such mode":             {"mode: guess\n", `mode is "guess": it must be watch or poll`},
+		"budget and period":        {"cpu_budget: 0.35%\nperiod: 1s\n", "cpu_budget is 0.35%, which chooses the period, and period is 1s: give one of them"},
+		"budget and period of VM":  {"cpu_budget: 0.35%\nvms: {web: {period: 1s}}\n", `period of VM "web" is 1s`},
+		"budget in poll mode":      {"cpu_budget: 1%\nmode: poll\n", "needs mode watch"},
+		"budget too small":         {"cpu_budget: 0.001%\n", "0.01% to 100%"},
+		"budget is no part":        {"cpu_budget: 0.0035\n", "\"0.0035\" is no part of a CPU: write it with %, as 0.35%"},
+		"period of VM too short":   {"vms: {web: {period: 10us}}\n", `period of VM "web" is 10µs`},
+		"negative period":          {"period: -1s\n", "period is -1s"},
+		"twice":                    {"period: 1s\nperiod: 2s\n", "line 2"},
+		"not YAML":                 {"period: [\n", "line 1"},
+		"two documents":            {"period: 1s\n---\nperiod: 2s\n", "more than one YAML document"},
+		"empty range":              {"vms: {web: {ranges: [{symbol: a}]}}\n", `range 1 of VM "web" is 0 bytes long: 1 to 28672`},
+		"range of nothing":         {"vms: {web: {ranges: [{length: 1}]}}\n", "give either a symbol or an address"},
+		"level":                    {"log_level: loud\n", "loud"},
+		"keep nothing":             {"keep: 0\n", "keep is 0"},
+		"relist":                   {"relist: 1ms\n", "relist is 1ms"},
+		"verify":                   {"verify: 10ms\n", "verify is 10ms"},
+		"socket path":              {"socket: /" + strings.Repeat("x", 120) + "\n", "at most 103"},
+		"no socket":                {"socket: ''\n", "socket is empty"},
+		"no state":                 {"state_dir: ''\n", "state_dir is empty"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "c.yaml")

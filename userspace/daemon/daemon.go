@@ -61,7 +61,7 @@ func (d *Daemon) services() ([]service, error) {
 	}
 	s := &server{
 		path: d.config.Socket, watcher: w, journal: j, problems: p, log: d.log,
-		started: time.Now(), period: d.config.Period, alive: 15 * time.Second,
+		started: time.Now(), mode: d.config.Mode, period: d.config.Period, alive: 15 * time.Second,
 	}
 	return []service{w, j, l, s}, nil
 }
@@ -98,7 +98,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		}, func(error) { stop() })
 	}
 	_, _ = sd.SdNotify(false, sd.SdNotifyReady)
-	d.log.Info("started", "pid", os.Getpid(), "period", d.config.Period, "socket", d.config.Socket, "findings", d.config.Findings)
+	d.log.Info("started", "pid", os.Getpid(), "mode", d.config.Mode, "period", d.config.Period, "socket", d.config.Socket, "findings", d.config.Findings)
 	err = group.Run()
 	_, _ = sd.SdNotify(false, sd.SdNotifyStopping)
 	if errors.Is(err, run.ErrSignal) || ctx.Err() != nil && errors.Is(err, ctx.Err()) {

@@ -37,6 +37,7 @@ func newDaemon(t *testing.T, h *fakeHost, dir string, change func(*Config)) *Dae
 	t.Helper()
 	c := Default()
 	c.StateDir, c.Socket, c.Period = filepath.Join(dir, "state"), filepath.Join(dir, "run", "sock"), 5*time.Millisecond
+	c.Mode = ModePoll // but for those that change it
 	if change != nil {
 		change(&c)
 	}
@@ -223,7 +224,7 @@ func TestAPINames(t *testing.T) {
 	defer r.end(t)
 	r.watching(t, 1)
 	for path, names := range map[string][]string{
-		"/v1/health": {"ok", "problems", "pid", "started", "period", "module", "vms", "unwritten"},
+		"/v1/health": {"ok", "problems", "pid", "started", "mode", "period", "module", "vms", "unwritten"},
 		"/v1/stats": {"time", "uptime", "cpu", "user", "system", "module", "wakeups", "ticks", "missed", "failed",
 			"late_max", "late_sum", "tick_max", "tick_sum", "reads", "findings", "vms"},
 	} {

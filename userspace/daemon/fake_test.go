@@ -4,6 +4,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -24,6 +25,7 @@ var (
 	_ source       = (*kvmaccess.Client)(nil)
 	_ subscription = (*kvmaccess.Subscription)(nil)
 	_ monitor      = (*integrity.Monitor)(nil)
+	_ watchSource  = moduleWatcher{}
 )
 
 // bubbleClock is a clock on package time, for synctest's.
@@ -72,7 +74,9 @@ type fakeHost struct {
 	lists    int
 	subErr   error
 	monitors []*fakeMonitor // all that were made
+	watchers []*fakeWatcher
 	clock    func() (clock, error)
+	canWatch bool
 }
 
 // fakeGuest is what monitors see of a VM.
@@ -83,11 +87,13 @@ type fakeGuest struct {
 	err   error                               // of each tick
 	work  func(context.Context, guest.Memory) // of each tick
 	burst int                                 // findings that one tick holds back
+	again time.Duration                       // of WatchItems
+	tick  time.Duration                       // that the module's take
 }
 
 func newFakeHost() *fakeHost {
 	return &fakeHost{
-		module: true, vms: map[kvmaccess.VMID]kvmaccess.VM{}, vmms: map[int]kvmaccess.VMM{}, guests: map[int]*fakeGuest{},
+		module: true, canWatch: true, vms: map[kvmaccess.VMID]kvmaccess.VM{}, vmms: map[int]kvmaccess.VMM{}, guests: map[int]*fakeGuest{},
 		clock: newBubbleClock,
 	}
 }
@@ -117,6 +123,16 @@ func (h *fakeHost) host() host {
 			s := &fakeSubscription{events: make(chan any, 16)}
 			h.subs = append(h.subs, s)
 			return s, nil
+		},
+		watch: func() (watchSource, error) {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			if !h.module {
+				return nil, kvmaccess.ErrNoModule
+			}
+			w := newFakeWatcher(h)
+			h.watchers = append(h.watchers, w)
+			return w, nil
 		},
 		identify: func(pid int) (kvmaccess.VMM, error) {
 			h.mu.Lock()
@@ -225,7 +241,11 @@ func (s *fakeSource) check() error {
 }
 
 func (s *fakeSource) Info(context.Context) (kvmaccess.Info, error) {
-	return kvmaccess.Info{Version: "1.0", Caps: kvmaccess.CapMemory | kvmaccess.CapVCPU | kvmaccess.CapEvents}, s.check()
+	caps := kvmaccess.CapMemory | kvmaccess.CapVCPU | kvmaccess.CapEvents
+	if s.h.canWatch {
+		caps |= kvmaccess.CapWatch
+	}
+	return kvmaccess.Info{Version: "1.0", Caps: caps}, s.check()
 }
 
 func (s *fakeSource) VMs(context.Context) ([]kvmaccess.VM, error) {
@@ -244,6 +264,17 @@ func (s *fakeSource) VMs(context.Context) ([]kvmaccess.VM, error) {
 
 func (s *fakeSource) Stats(context.Context) (kvmaccess.Stats, error) {
 	return kvmaccess.Stats{Worker: 5, Interrupt: 7}, s.check()
+}
+
+func (s *fakeSource) Watches(context.Context) ([]kvmaccess.WatchStats, error) {
+	s.h.mu.Lock()
+	watchers := slices.Clone(s.h.watchers)
+	s.h.mu.Unlock()
+	var all []kvmaccess.WatchStats
+	for _, w := range watchers {
+		all = append(all, w.stats()...)
+	}
+	return all, s.check()
 }
 
 func (s *fakeSource) Close() error { return nil }
@@ -351,6 +382,29 @@ func finding(vm integrity.VM, kind integrity.Kind, entry int, old, new uint64) i
 	}
 }
 
+// WatchItems are one register that has the value.
+func (m *fakeMonitor) WatchItems(context.Context) (integrity.WatchList, error) {
+	m.guest.mu.Lock()
+	defer m.guest.mu.Unlock()
+	if m.state != integrity.StateWatching {
+		return integrity.WatchList{}, nil
+	}
+	return integrity.WatchList{
+		Items: []integrity.WatchItem{{Item: kvmaccess.Item{Kind: kvmaccess.KindRegister, Register: kvmaccess.RegisterLSTAR, Value: m.last}, What: "value"}},
+		Again: m.guest.again,
+	}, nil
+}
+
+// See finds what the event says.
+func (m *fakeMonitor) See(_ context.Context, e kvmaccess.WatchEvent) ([]integrity.Finding, error) {
+	m.guest.mu.Lock()
+	defer m.guest.mu.Unlock()
+	value := binary.NativeEndian.Uint64(e.Data)
+	f := finding(m.vm, integrity.KindChanged, 0, m.last, value)
+	m.last = value
+	return []integrity.Finding{f}, nil
+}
+
 func (m *fakeMonitor) State() integrity.State { return m.state }
 
 func (m *fakeMonitor) Baseline() integrity.Baseline {
@@ -394,6 +448,7 @@ func newRig(t *testing.T, h *fakeHost, dir string, change func(*Config)) *rig {
 	r := &rig{t: t, host: h, config: Default()}
 	r.config.StateDir = dir
 	r.config.Socket = filepath.Join(dir, "sock")
+	r.config.Mode = ModePoll // but for those that change it
 	if change != nil {
 		change(&r.config)
 	}
@@ -454,7 +509,7 @@ func (r *rig) status(id kvmaccess.VMID) VMStatus {
 	r.t.Helper()
 	for _, k := range r.watcher.all() {
 		if k.vm.ID == id {
-			return k.status()
+			return k.status(r.watcher.watchAccounts(r.t.Context()))
 		}
 	}
 	r.t.Fatalf("VM %d is not watched", id)

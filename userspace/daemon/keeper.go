@@ -40,13 +40,16 @@ type keeper struct {
 	done chan struct{} // closed when run has ended
 
 	account account
-	job     *job
+	job     *job          // in poll mode
+	guard   *guard        // in watch mode; nil: this is poll mode
+	replan  chan struct{} // receives when the period may be another one
 
 	// For one goroutine at a time: the keeper's, or that of the lane that has
 	// the job.
 	monitor  monitor
 	memory   *coldMemory
-	quick    int // ticks in succession that had no slow read
+	list     *integrity.WatchList // what the module is to compare; nil: to be asked for
+	quick    int                  // ticks in succession that had no slow read
 	outcome  outcome
 	findings []integrity.Finding // not in the journal yet
 	failure  error               // that is the outcome, if that is outcomeFailed
@@ -96,6 +99,7 @@ func (k *keeper) run(ctx context.Context) {
 	defer k.problems.clear(k.subject())
 	defer k.account.count(nil)
 	k.job = newJob(k.config.Period, &k.account, k.tick)
+	k.replan = make(chan struct{}, 1)
 	for {
 		watch, cancel := context.WithCancel(ctx)
 		k.mu.Lock()
@@ -186,7 +190,11 @@ func (k *keeper) watch(ctx context.Context) {
 		if first {
 			k.settled()
 		}
-		result = k.stay(ctx)
+		if k.guard != nil {
+			result = k.stand(ctx)
+		} else {
+			result = k.stay(ctx)
+		}
 		k.report(ctx)
 		switch result {
 		case outcomeStopped, outcomeGone, outcomeModule:
@@ -237,7 +245,11 @@ func (k *keeper) prepare() error {
 // nothing to watch any more.
 func (k *keeper) attach(ctx context.Context) bool {
 	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
+		begin := monotonic()
 		findings, err := k.monitor.Tick(ctx)
+		if k.guard != nil {
+			k.account.tick(0, monotonic()-begin, 0)
+		}
 		k.findings = append(k.findings, findings...)
 		result := k.judge(ctx, err)
 		k.report(ctx)
@@ -455,14 +467,36 @@ func (k *keeper) set(state State, reason string) {
 	k.state, k.reason = state, reason
 }
 
-// status is how the VM is watched.
-func (k *keeper) status() VMStatus {
+// mode is how the VM is watched.
+func (k *keeper) mode() Mode {
+	if k.guard != nil {
+		return ModeWatch
+	}
+	return ModePoll
+}
+
+// period is that of ticks, the daemon's own or the module's.
+func (k *keeper) period() time.Duration { return k.config.Period }
+
+// watchAccount is that of the module's watches of the VM, out of those of all;
+// nil: there are none in this mode.
+func (k *keeper) watchAccount(all []kvmaccess.WatchStats) *WatchAccount {
+	if k.guard == nil {
+		return nil
+	}
+	a := k.guard.account(all)
+	return &a
+}
+
+// status is how the VM is watched. all are the accounts of the module's watches.
+func (k *keeper) status(all []kvmaccess.WatchStats) VMStatus {
 	findings := k.journal.guest(k.id).Findings
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return VMStatus{
+		Mode: k.mode(), Watch: k.watchAccount(all),
 		ID: k.vm.ID, Name: k.id.Name, UUID: k.id.UUID, PID: k.vm.PID, VCPUs: k.vcpus, Memory: k.ram,
-		State: k.state, Reason: k.reason, Period: k.config.Period, Symbols: k.file, Kernel: k.kernel, Baseline: k.taken,
+		State: k.state, Reason: k.reason, Period: k.period(), Symbols: k.file, Kernel: k.kernel, Baseline: k.taken,
 		Findings: findings, Account: k.account.snapshot(),
 	}
 }

@@ -30,6 +30,7 @@ type server struct {
 	problems *problems
 	log      *slog.Logger
 	started  time.Time
+	mode     Mode
 	period   time.Duration
 	// alive is how often a stream without findings gets a blank line, so that
 	// both sides notice when the other is gone.
@@ -170,7 +171,7 @@ func answer(w http.ResponseWriter, v any) error {
 }
 
 func (s *server) health(w http.ResponseWriter, _ *http.Request) error {
-	h := Health{Problems: s.problems.list(), PID: os.Getpid(), Started: s.started, Period: s.period}
+	h := Health{Problems: s.problems.list(), PID: os.Getpid(), Started: s.started, Mode: s.mode, Period: s.period}
 	h.OK = len(h.Problems) == 0
 	s.watcher.mu.Lock()
 	h.Module = s.watcher.module
@@ -181,10 +182,11 @@ func (s *server) health(w http.ResponseWriter, _ *http.Request) error {
 	return answer(w, h)
 }
 
-func (s *server) vms(w http.ResponseWriter, _ *http.Request) error {
+func (s *server) vms(w http.ResponseWriter, r *http.Request) error {
 	vms := []VMStatus{}
+	accounts := s.watcher.watchAccounts(r.Context())
 	for _, k := range s.watcher.all() {
-		vms = append(vms, k.status())
+		vms = append(vms, k.status(accounts))
 	}
 	return answer(w, vms)
 }
@@ -205,7 +207,7 @@ func (s *server) baseline(w http.ResponseWriter, r *http.Request) error {
 	}
 	b := s.journal.guest(k.id).Baseline
 	if b == nil {
-		return &APIError{http.StatusNotFound, fmt.Sprintf("VM %s has no baseline yet: %s", k.name(), k.status().Reason)}
+		return &APIError{http.StatusNotFound, fmt.Sprintf("VM %s has no baseline yet: %s", k.name(), k.status(nil).Reason)}
 	}
 	return answer(w, b)
 }

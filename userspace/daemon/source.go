@@ -20,7 +20,24 @@ type source interface {
 	Info(ctx context.Context) (kvmaccess.Info, error)
 	VMs(ctx context.Context) ([]kvmaccess.VM, error)
 	Stats(ctx context.Context) (kvmaccess.Stats, error)
+	Watches(ctx context.Context) ([]kvmaccess.WatchStats, error)
 	Close() error
+}
+
+// watchSource makes watches and tells their events; a *kvmaccess.Watcher is one.
+type watchSource interface {
+	New(ctx context.Context, vm kvmaccess.VMID, c kvmaccess.WatchConfig) (watch, error)
+	Receive(ctx context.Context) (kvmaccess.WatchEvent, error)
+	Close() error
+}
+
+// watch is one of the module's; a *kvmaccess.Watch is one.
+type watch interface {
+	Ident() kvmaccess.WatchID
+	Add(ctx context.Context, items ...kvmaccess.Item) (kvmaccess.WatchStats, error)
+	Remove(ctx context.Context, cookie uint64) (kvmaccess.WatchStats, error)
+	Close(ctx context.Context) (kvmaccess.WatchStats, error)
+	Stats(ctx context.Context) (kvmaccess.WatchStats, error)
 }
 
 // subscription tells of VMs that come and go; *kvmaccess.Subscription is one.
@@ -35,12 +52,31 @@ type monitor interface {
 	State() integrity.State
 	Baseline() integrity.Baseline
 	Status() integrity.Status
+	// For the watch mode.
+	WatchItems(ctx context.Context) (integrity.WatchList, error)
+	See(ctx context.Context, e kvmaccess.WatchEvent) ([]integrity.Finding, error)
 }
+
+// moduleWatcher is a *kvmaccess.Watcher as a watchSource.
+type moduleWatcher struct{ *kvmaccess.Watcher }
+
+type moduleWatch struct{ *kvmaccess.Watch }
+
+func (w moduleWatcher) New(ctx context.Context, vm kvmaccess.VMID, c kvmaccess.WatchConfig) (watch, error) {
+	x, err := w.Watcher.New(ctx, vm, c)
+	if err != nil {
+		return nil, err
+	}
+	return moduleWatch{x}, nil
+}
+
+func (w moduleWatch) Ident() kvmaccess.WatchID { return w.ID }
 
 // host is where the daemon runs.
 type host struct {
 	open       func() (source, error)
 	subscribe  func(ctx context.Context) (subscription, error)
+	watch      func() (watchSource, error)
 	identify   func(pid int) (kvmaccess.VMM, error)
 	memory     func(source, kvmaccess.VM) guest.Memory
 	newMonitor func(source, integrity.VM, integrity.Options) (monitor, error)
@@ -53,6 +89,13 @@ func thisHost() host {
 		open: func() (source, error) { return kvmaccess.New() },
 		subscribe: func(ctx context.Context) (subscription, error) {
 			return kvmaccess.Subscribe(ctx)
+		},
+		watch: func() (watchSource, error) {
+			w, err := kvmaccess.NewWatcher()
+			if err != nil {
+				return nil, err
+			}
+			return moduleWatcher{w}, nil
 		},
 		identify: kvmaccess.Identify,
 		memory: func(s source, vm kvmaccess.VM) guest.Memory {

@@ -28,7 +28,8 @@ const (
 	// StateWaiting: the guest cannot be read yet (it has not set up its
 	// tables, or its vCPUs have never run); asked again at a slower pace.
 	StateWaiting State = "waiting"
-	// StateWatching: every tick checks it.
+	// StateWatching: it is checked, in poll mode by every tick, in watch mode
+	// by the module and whenever that says so.
 	StateWatching State = "watching"
 	// StateFailing: it was watched, and now its ticks fail.
 	StateFailing State = "failing"
@@ -47,7 +48,9 @@ type VMStatus struct {
 
 	State  State         `json:"state"`
 	Reason string        `json:"reason,omitempty"` // why it is not watched, or not in full
+	Mode   Mode          `json:"mode"`
 	Period time.Duration `json:"period"`
+	Watch  *WatchAccount `json:"watch,omitempty"` // nil: poll mode
 	// Symbols is the symbol file in use; without one the guest's own symbols
 	// are, out of its memory.
 	Symbols string `json:"symbols,omitempty"`
@@ -60,8 +63,9 @@ type VMStatus struct {
 	Account
 }
 
-// Account is what ticks did and took. All of it counts from the start of the
-// daemon on. Durations are in ns.
+// Account is what ticks of the daemon did and took: in poll mode one each
+// period, in watch mode one at each of the module's events, and a few more.
+// All of it counts from the start of the daemon on. Durations are in ns.
 type Account struct {
 	// Ticks done, failed ones included.
 	Ticks uint64 `json:"ticks"`
@@ -71,8 +75,9 @@ type Account struct {
 	Missed uint64 `json:"missed"`
 	// Failed ticks, of Ticks: the VM could not be read.
 	Failed uint64 `json:"failed"`
-	// LateMax and LateSum: from a tick's deadline to its beginning. Missed
-	// ticks are in neither.
+	// LateMax and LateSum: from a tick's deadline to its beginning, in watch
+	// mode from when the module found what it is about. Missed ticks are in
+	// neither.
 	LateMax time.Duration `json:"late_max"`
 	LateSum time.Duration `json:"late_sum"`
 	// TickMax and TickSum: wall time from a tick's beginning to its end.
@@ -119,8 +124,10 @@ type Stats struct {
 type VMAccount struct {
 	ID       kvmaccess.VMID `json:"id"`
 	Name     string         `json:"name"`
+	Mode     Mode           `json:"mode"`
 	Period   time.Duration  `json:"period"` // ns
 	Findings uint64         `json:"findings"`
+	Watch    *WatchAccount  `json:"watch,omitempty"` // nil: poll mode
 	Account
 }
 
@@ -130,6 +137,7 @@ type Health struct {
 	Problems []Problem       `json:"problems"` // [] if OK
 	PID      int             `json:"pid"`
 	Started  time.Time       `json:"started"`
+	Mode     Mode            `json:"mode"`
 	Period   time.Duration   `json:"period"` // default, ns
 	Module   *kvmaccess.Info `json:"module,omitempty"`
 	VMs      int             `json:"vms"`
@@ -139,7 +147,7 @@ type Health struct {
 
 // Problem is something that keeps the daemon from doing all of its work.
 type Problem struct {
-	Subject string    `json:"subject"` // what it is about: "module", "findings", "store", "symbols NAME"
+	Subject string    `json:"subject"` // what it is about: "module", "watches", "findings", "store", "symbols NAME"
 	Message string    `json:"message"`
 	Since   time.Time `json:"since"`
 }

@@ -33,7 +33,8 @@ type watcher struct {
 	log      *slog.Logger
 
 	mu      sync.Mutex
-	src     source // nil while the module does not answer
+	src     source   // nil while the module does not answer
+	watches *watches // nil: poll mode
 	module  *kvmaccess.Info
 	keepers map[kvmaccess.VMID]*keeper
 	retired Account // of VMs that are gone
@@ -125,6 +126,11 @@ func (w *watcher) Run(ctx context.Context) error {
 // does not any more.
 func (w *watcher) session(ctx context.Context, src source) error {
 	ctx, cancel := context.WithCancelCause(ctx)
+	if err := w.openWatches(); err != nil {
+		cancel(nil)
+		return err
+	}
+	defer w.closeWatches()
 	defer w.release()
 	defer cancel(nil)
 
@@ -134,6 +140,13 @@ func (w *watcher) session(ctx context.Context, src source) error {
 	receiving.Go(func() { w.receive(ctx, events, relist, cancel) })
 	defer receiving.Wait()
 	defer cancel(nil)
+	if watches := w.watches; watches != nil {
+		receiving.Go(func() {
+			if err := watches.receive(ctx); ctx.Err() == nil {
+				cancel(err)
+			}
+		})
+	}
 
 	if err := w.list(ctx, src, cancel); err != nil {
 		return err
@@ -167,6 +180,38 @@ func (w *watcher) session(ctx context.Context, src source) error {
 		}
 		w.problems.clear("list")
 	}
+}
+
+// openWatches prepares for the watch mode, if that is the mode and the module
+// can.
+func (w *watcher) openWatches() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.watches = nil
+	if w.config.Mode != ModeWatch {
+		return nil
+	}
+	if w.module.Caps&kvmaccess.CapWatch == 0 {
+		w.problems.set("watches", "the module cannot watch on this host, so all VMs are checked in poll mode: make check-config says what the kernel lacks")
+		return nil
+	}
+	src, err := w.host.watch()
+	if err != nil {
+		return err
+	}
+	w.problems.clear("watches")
+	w.watches = newWatches(src)
+	return nil
+}
+
+// closeWatches ends those that are left.
+func (w *watcher) closeWatches() {
+	if w.watches != nil {
+		w.watches.src.Close()
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.watches = nil
 }
 
 func (w *watcher) relistPeriod() time.Duration {
@@ -284,20 +329,27 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 		w.log.Debug("a VM without a VMM is not watched", "vm", vm.ID, "pid", vm.PID, "error", err)
 		return
 	}
+	config := w.config.vm(vmm.Name, vmm.UUID)
+	if config.Period == 0 {
+		config.Period = DefaultPeriod
+	}
 	id := identity{Boot: w.boot, PID: vm.PID, Start: vmm.Start, Name: vmm.Name, UUID: vmm.UUID}
 	for w.taken(id) {
 		id.Index++
 	}
 	k := &keeper{
-		vm: vm, id: id, config: w.config.vm(vmm.Name, vmm.UUID),
+		vm: vm, id: id, config: config,
 		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, verify: w.config.Verify, problems: w.problems,
 		moduleGone: fail, settled: w.memory.adjust, state: StateWaiting, vcpus: vm.VCPUs, ram: vm.Memory,
 		done: make(chan struct{}),
 	}
 	k.log = w.log.With("vm", k.name(), "pid", vm.PID)
+	if w.watches != nil {
+		k.guard = newGuard(w.watches, vm.ID, k.log)
+	}
 	ctx, k.stop = context.WithCancel(ctx)
 	w.keepers[vm.ID] = k
-	k.log.Info("watching", "id", vm.ID, "uuid", id.UUID, "period", k.config.Period)
+	k.log.Info("watching", "id", vm.ID, "uuid", id.UUID, "mode", k.mode(), "period", k.config.Period)
 	go func() {
 		defer close(k.done)
 		k.run(ctx)
@@ -404,14 +456,32 @@ func (w *watcher) find(selector string) (*keeper, error) {
 	return nil, fmt.Errorf("%q: %w", selector, errAmbiguousVM)
 }
 
+// watchAccounts are those of the module's watches; nil: they are not to be had,
+// or there are none in this mode.
+func (w *watcher) watchAccounts(ctx context.Context) []kvmaccess.WatchStats {
+	w.mu.Lock()
+	src, watching := w.src, w.watches != nil
+	w.mu.Unlock()
+	if src == nil || !watching {
+		return nil
+	}
+	all, err := src.Watches(ctx)
+	if err != nil {
+		w.log.Debug("the accounts of watches are not to be had", "error", err)
+	}
+	return all
+}
+
 // stats is the account of everything.
 func (w *watcher) stats(ctx context.Context) (Stats, error) {
 	s := Stats{VMs: []VMAccount{}}
+	accounts := w.watchAccounts(ctx)
 	w.mu.Lock()
 	src := w.src
 	s.Account = w.retired
 	for _, k := range w.sorted() {
-		a := VMAccount{ID: k.vm.ID, Name: k.id.Name, Period: k.config.Period, Findings: k.account.findings.Load(), Account: k.account.snapshot()}
+		a := VMAccount{ID: k.vm.ID, Name: k.id.Name, Mode: k.mode(), Period: k.period(), Findings: k.account.findings.Load(),
+			Watch: k.watchAccount(accounts), Account: k.account.snapshot()}
 		s.VMs = append(s.VMs, a)
 		s.Account = s.Account.add(a.Account)
 	}

@@ -61,6 +61,9 @@ type Object struct {
 	// Memory is what to read, guest-virtual; of Length 0 the object consists
 	// of registers only.
 	Memory kvmaccess.Range
+	// Volatile is the part of Memory, in bytes from its start, that changes as
+	// programs come and go; empty: none does.
+	Volatile guest.Extent
 	// Items decodes. data has Memory.Length bytes, or is nil if it could not
 	// be read, for the reason err.
 	Items func(g *Guest, cpu *kvmaccess.VCPU, data []byte, err error) []Item

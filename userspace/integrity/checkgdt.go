@@ -32,8 +32,9 @@ func (GDTCheck) Objects(g *Guest) []Object {
 		}
 		objects = append(objects, Object{
 			Name: "gdt", VCPU: ref(cpu.ID), CPU: cpu.ID,
-			Memory: kvmaccess.Range{Address: cpu.GDTR.Base, Length: min(uint32(cpu.GDTR.Limit)+1, maxGDT)},
-			Items:  gdtItems,
+			Memory:   kvmaccess.Range{Address: cpu.GDTR.Base, Length: min(uint32(cpu.GDTR.Limit)+1, maxGDT)},
+			Volatile: volatileGDT(g),
+			Items:    gdtItems,
 		})
 	}
 	return objects
@@ -229,6 +230,14 @@ func volatileEntry(d guest.Descriptor, long bool) bool {
 		return d.Index == ldt64 || d.Index >= tlsMin64 && d.Index <= tlsMax64
 	}
 	return d.Index == ldt32 || d.Index >= tlsMin32 && d.Index <= tlsMax32 || d.Index == 26 // ESPFIX
+}
+
+// volatileGDT is where volatileEntry's lie, and what is between them.
+func volatileGDT(g *Guest) guest.Extent {
+	if g.Mode.Long() {
+		return guest.Extent{Start: ldt64 * 8, End: (tlsMax64 + 1) * 8}
+	}
+	return guest.Extent{Start: tlsMin32 * 8, End: (tlsMax32 + 1) * 8}
 }
 
 func wrongDescriptor(g *Guest, cpu *kvmaccess.VCPU, d guest.Descriptor, long bool) string {

@@ -104,6 +104,8 @@ type Monitor struct {
 	data    [][]byte              // what was read of ranges last; nil: nothing could be
 	errs    []error               // why
 	dst     []kvmaccess.RangeData // for the next read
+	places  []place               // where they lie, as WatchItems found
+	unseen  bool                  // the last Tick could not read all, for a reason of the host
 
 	kernel      *guest.Kernel // as found last; nil: it was not
 	fresh       bool          // all of it was just read
@@ -273,6 +275,7 @@ func (m *Monitor) Attach(ctx context.Context) ([]Finding, error) {
 // if that has not succeeded yet.
 func (m *Monitor) Tick(ctx context.Context) ([]Finding, error) {
 	m.status.Ticks++
+	m.unseen = false
 	now := m.now()
 	if m.g == nil {
 		if d := now.Sub(m.scanned); d < 0 || d >= retryEvery {
@@ -331,6 +334,7 @@ func (m *Monitor) capture(ctx context.Context, now time.Time) (layout, dirty boo
 		case err == nil:
 		case errors.Is(err, kvmaccess.ErrUnsettled):
 			m.status.Unread++
+			m.unseen = true
 			if c.ready {
 				ready++
 			}
@@ -520,6 +524,7 @@ func (m *Monitor) store(ctx context.Context, root uint64, i int, data []byte, er
 			data = nil
 			if !guestError(again) {
 				m.status.Unread++
+				m.unseen = true
 				m.errs[i] = again
 				return false // the host's matter: the last sight stands
 			}

@@ -28,6 +28,8 @@ func command() *cobra.Command {
 		periods  []string
 		symbols  []string
 		level    string
+		mode     string
+		budget   string
 		settings = daemon.Default()
 		flags    = daemon.Default()
 	)
@@ -38,6 +40,9 @@ func command() *cobra.Command {
 system call table and registers, IDT, GDT, control registers. What differs from
 the guest's baseline, or from what an honest kernel has, is written as a line
 of JSON and told over an HTTP/JSON API on a unix socket (see kvmaccess watch).
+
+The kernel module compares each period, and the daemon looks only when something
+is not as it was; with --mode poll the daemon itself reads and compares all.
 
 It needs the kernel module kvmaccess and must run as root. SIGTERM and SIGINT
 end it; baselines and findings outlast it.`,
@@ -65,6 +70,17 @@ end it; baselines and findings outlast it.`,
 			if set("verify") {
 				settings.Verify = flags.Verify
 			}
+			if set("mode") {
+				settings.Mode = daemon.Mode(mode)
+			}
+			if set("cpu-budget") {
+				if len(periods) > 0 {
+					return fmt.Errorf("--cpu-budget chooses the periods that --period gives: use one of them")
+				}
+				if err := settings.SetBudget(budget); err != nil {
+					return fmt.Errorf("--cpu-budget: %w", err)
+				}
+			}
 			for _, arg := range periods {
 				if err := settings.SetPeriod(arg); err != nil {
 					return fmt.Errorf("--period: %w", err)
@@ -90,7 +106,9 @@ end it; baselines and findings outlast it.`,
 	}
 	f := cmd.Flags()
 	f.StringVarP(&file, "config", "c", daemon.DefaultConfig, "configuration `file` (YAML); flags go before it")
-	f.StringArrayVarP(&periods, "period", "p", nil, fmt.Sprintf("`duration` from one check of a VM to the next, %v or more; VM=DURATION for one VM by name or UUID (default %v)", daemon.MinPeriod, daemon.DefaultPeriod))
+	f.StringVar(&mode, "mode", "", fmt.Sprintf("`mode`: watch, the module compares and the daemon looks when it finds a change, or poll, the daemon reads and compares each period (default %s)", daemon.ModeWatch))
+	f.StringArrayVarP(&periods, "period", "p", nil, fmt.Sprintf("`duration` from one check of a VM to the next, %v or more, %v in poll mode; VM=DURATION for one VM by name or UUID (default %v)", daemon.MinWatchPeriod, daemon.MinPeriod, daemon.DefaultPeriod))
+	f.StringVar(&budget, "cpu-budget", "", fmt.Sprintf("`share` of a CPU that monitoring may take, %v to %v: the daemon chooses the shortest periods that fit, and says which; in place of --period", daemon.MinBudget, daemon.MaxBudget))
 	f.StringArrayVarP(&symbols, "symbols", "s", nil, "symbol `file` of the guests' kernel, a copy of its /proc/kallsyms or System.map, to be used instead of the symbols in their memory; VM=FILE for one VM by name or UUID")
 	f.StringVar(&flags.Socket, "socket", flags.Socket, "unix `socket` of the API")
 	f.StringVar(&flags.StateDir, "state-dir", flags.StateDir, "`directory` for baselines and findings")

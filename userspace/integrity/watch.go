@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: MIT
+
+package integrity
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
+)
+
+// WatchItem is one thing that the kernel module is to compare, so that a
+// Monitor need not look while it stays the same: it is expected to be as the
+// Monitor saw it last, so that what is found, and what is in order again, are
+// both told.
+type WatchItem struct {
+	kvmaccess.Item        // without a Cookie
+	What           string // what it is of, in words
+}
+
+// WatchKey tells WatchItems apart: those with the same key are the same.
+type WatchKey struct {
+	WatchPlace
+	value, mask uint64
+	data        string
+}
+
+// WatchPlace is where a WatchItem looks.
+type WatchPlace struct {
+	kind     kvmaccess.ItemKind
+	gpa      uint64
+	register kvmaccess.Register
+	vcpu     int64 // -1: each
+}
+
+// Register says whether it is a register.
+func (p WatchPlace) Register() bool { return p.kind == kvmaccess.KindRegister }
+
+// Place is where the item looks.
+func (w *WatchItem) Place() WatchPlace {
+	p := WatchPlace{w.Kind, w.GPA, w.Register, -1}
+	if w.VCPU != nil {
+		p.vcpu = int64(*w.VCPU)
+	}
+	return p
+}
+
+// Key is where the item looks, and what it expects there.
+func (w *WatchItem) Key() WatchKey {
+	return WatchKey{w.Place(), w.Value, w.Mask, string(w.Data)}
+}
+
+// WatchList is all that the module is to compare of a guest.
+type WatchList struct {
+	Items []WatchItem
+	// Again is when the next Tick is to follow whatever the module finds: a
+	// vCPU just came up, or something could not be read. 0: not before that.
+	Again time.Duration
+}
+
+// unseenAgain is how soon a Monitor is to try again what it could not read.
+const unseenAgain = retryEvery
+
+// watchedRegisters are those of type watched.
+var watchedRegisters = []struct {
+	register kvmaccess.Register
+	mask     uint64
+	of       func(w *watched) uint64
+}{
+	{kvmaccess.RegisterCR0, watchedCR0, func(w *watched) uint64 { return w.cr0 }},
+	{kvmaccess.RegisterCR4, watchedCR4, func(w *watched) uint64 { return w.cr4 }},
+	{kvmaccess.RegisterEFER, watchedEFER, func(w *watched) uint64 { return w.efer }},
+	{kvmaccess.RegisterGDTRBase, 0, func(w *watched) uint64 { return w.gdtr.Base }},
+	{kvmaccess.RegisterGDTRLimit, 0, func(w *watched) uint64 { return uint64(w.gdtr.Limit) }},
+	{kvmaccess.RegisterIDTRBase, 0, func(w *watched) uint64 { return w.idtr.Base }},
+	{kvmaccess.RegisterIDTRLimit, 0, func(w *watched) uint64 { return uint64(w.idtr.Limit) }},
+	{kvmaccess.RegisterTRBase, 0, func(w *watched) uint64 { return w.tr }},
+	{kvmaccess.RegisterTRSelector, 0, func(w *watched) uint64 { return uint64(w.trSelector) }},
+	{kvmaccess.RegisterSTAR, 0, func(w *watched) uint64 { return w.star }},
+	{kvmaccess.RegisterLSTAR, 0, func(w *watched) uint64 { return w.lstar }},
+	{kvmaccess.RegisterCSTAR, 0, func(w *watched) uint64 { return w.cstar }},
+	{kvmaccess.RegisterSFMASK, 0, func(w *watched) uint64 { return w.sfmask }},
+	{kvmaccess.RegisterSysenterCS, 0, func(w *watched) uint64 { return w.sysenterCS }},
+	{kvmaccess.RegisterSysenterESP, 0, func(w *watched) uint64 { return w.sysenterESP }},
+	{kvmaccess.RegisterSysenterEIP, 0, func(w *watched) uint64 { return w.sysenterEIP }},
+}
+
+// WatchItems lists what the module is to compare now: all registers and memory
+// that the checks of the last Tick were made of, and the page-table entries by
+// which that memory was read, without their accessed and dirty bits. It is
+// empty while there is nothing to compare with. What it reads of the guest are
+// page tables; an error is one of reading.
+func (m *Monitor) WatchItems(ctx context.Context) (WatchList, error) {
+	var list WatchList
+	m.places = m.places[:0]
+	if m.g == nil || m.status.State != StateWatching {
+		return list, nil
+	}
+	list.Items = m.watchRegisters()
+	if err := m.watchMemory(ctx, &list); err != nil {
+		return WatchList{}, err
+	}
+	if m.unseen {
+		list.Again = unseenAgain
+	}
+	for _, c := range m.cpus {
+		if c.ready && !c.settled {
+			list.Again = settleVCPU
+		}
+	}
+	return list, nil
+}
+
+// watchRegisters lists registers: once for all vCPUs where these agree, which
+// is less to compare. Those of vCPUs that do not run the kernel are there, too:
+// that they change says that one comes up.
+func (m *Monitor) watchRegisters() []WatchItem {
+	var items []WatchItem
+	for _, r := range watchedRegisters {
+		same := true
+		for _, c := range m.cpus {
+			same = same && c.ready && r.of(&c.watch) == r.of(&m.cpus[0].watch)
+		}
+		for _, c := range m.cpus {
+			if c.watch == (watched{}) {
+				continue // with a nested guest since it was first seen
+			}
+			it := WatchItem{Item: kvmaccess.Item{
+				Kind: kvmaccess.KindRegister, Register: r.register, Value: r.of(&c.watch), Mask: r.mask,
+			}, What: r.register.String()}
+			if same {
+				items = append(items, it)
+				break
+			}
+			it.VCPU, it.What = ref(c.state.ID), fmt.Sprintf("%v of vCPU %d", r.register, c.state.ID)
+			items = append(items, it)
+		}
+	}
+	return items
+}
+
+// place is where a stretch of a range lies in guest-physical memory.
+type place struct {
+	gpa, size uint64
+	index     int    // in Monitor.ranges
+	offset    uint64 // in that
+}
+
+// watchMemory lists the ranges as they were read last, and the way to them.
+func (m *Monitor) watchMemory(ctx context.Context, list *WatchList) error {
+	root := m.root
+	if !m.rootFixed {
+		root = m.currentRoot()
+	}
+	walk := walkRecorder{mem: guest.NewPageCache(m.mem)}
+	seen := map[WatchPlace]bool{}
+	add := func(it WatchItem) {
+		if p := it.Place(); !seen[p] {
+			seen[p] = true
+			list.Items = append(list.Items, it)
+		}
+	}
+	for i, r := range m.ranges {
+		what := m.rangeName(i)
+		for offset := uint64(0); offset < uint64(r.Length); {
+			gva := r.Address + offset
+			n := min(4096-gva&4095, uint64(r.Length)-offset)
+			walk.entries = walk.entries[:0]
+			t, err := guest.Translate(ctx, &walk, m.g.Mode, root, gva)
+			if err != nil && !guestError(err) {
+				if !rangeError(err) {
+					return fmt.Errorf("page tables of guest %v: %w", m.vm, err)
+				}
+				m.unseen = true
+			}
+			if !m.rootFixed && len(walk.entries) > 0 {
+				walk.entries = walk.entries[1:] // a process' own
+			}
+			for _, e := range walk.entries {
+				add(e.item("page tables of " + what))
+			}
+			if err == nil && m.data[i] != nil {
+				for _, part := range m.parts(i, offset, n) {
+					add(WatchItem{Item: kvmaccess.Item{
+						Kind: kvmaccess.KindBytes, GPA: t.GPA + part.Start - offset,
+						Data: bytes.Clone(m.data[i][part.Start:part.End]),
+					}, What: what})
+				}
+				m.places = append(m.places, place{t.GPA, n, i, offset})
+			}
+			offset += n
+		}
+	}
+	return nil
+}
+
+// parts splits what a range has from offset on into what changes as programs
+// come and go and what does not, so that the former can be told apart.
+func (m *Monitor) parts(index int, offset, n uint64) []guest.Extent {
+	cuts := []uint64{offset, offset + n}
+	for i := range m.objects {
+		if o := &m.objects[i]; o.index == index && o.Volatile.End != 0 {
+			for _, at := range []uint64{o.Volatile.Start, o.Volatile.End} {
+				if at > offset && at < offset+n {
+					cuts = append(cuts, at)
+				}
+			}
+		}
+	}
+	slices.Sort(cuts)
+	cuts = slices.Compact(cuts)
+	out := make([]guest.Extent, 0, len(cuts)-1)
+	for i := range cuts[:len(cuts)-1] {
+		out = append(out, guest.Extent{Start: cuts[i], End: cuts[i+1]})
+	}
+	return out
+}
+
+func (m *Monitor) rangeName(index int) string {
+	for i := range m.objects {
+		if o := &m.objects[i]; o.index == index {
+			if o.VCPU != nil {
+				return fmt.Sprintf("%s of vCPU %d", o.Name, *o.VCPU)
+			}
+			return o.Name
+		}
+	}
+	return "memory"
+}
+
+// walkRecorder takes down which page-table entries a translation reads.
+type walkRecorder struct {
+	mem     guest.Memory
+	entries []tableEntry
+}
+
+// tableEntry is the 8 bytes that an entry of 4 or 8 bytes is in.
+type tableEntry struct {
+	gpa   uint64
+	value uint64
+	mask  uint64
+}
+
+// ReadPhysical implements guest.Memory.
+func (w *walkRecorder) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error {
+	var word [8]byte
+	if err := w.mem.ReadPhysical(ctx, gpa&^7, word[:]); err != nil {
+		return err
+	}
+	copy(p, word[gpa&7:])
+	// The processor sets these (Intel SDM vol. 3, "Accessed and Dirty Flags").
+	const changing = 1<<5 | 1<<6
+	mask := uint64(1<<(8*len(p)-1))<<1 - 1
+	mask = (mask &^ changing) << (8 * (gpa & 7))
+	w.entries = append(w.entries, tableEntry{gpa &^ 7, binary.LittleEndian.Uint64(word[:]) & mask, mask})
+	return nil
+}
+
+func (e tableEntry) item(what string) WatchItem {
+	return WatchItem{Item: kvmaccess.Item{Kind: kvmaccess.KindEntry, GPA: e.gpa, Value: e.value, Mask: e.mask}, What: what}
+}
+
+// See takes the guest to have been, for a moment, as an event of the module
+// says, which the Tick that followed did not see any more, and returns what is
+// to be said of that. The next Tick sees the guest as it is.
+func (m *Monitor) See(ctx context.Context, e kvmaccess.WatchEvent) ([]Finding, error) {
+	if m.g == nil || m.status.State != StateWatching || e.State != kvmaccess.StateDifferent {
+		return nil, nil
+	}
+	layout, changed := false, false
+	switch e.Kind {
+	case kvmaccess.KindRegister:
+		for _, c := range m.cpus {
+			if c.state.ID != e.VCPU || len(e.Data) != 8 || !c.settled {
+				continue
+			}
+			state := c.state
+			if setRegister(&state, e.Register, binary.LittleEndian.Uint64(e.Data)) {
+				layout, changed = c.update(state, m.now())
+			}
+		}
+	case kvmaccess.KindBytes:
+		changed = m.seeBytes(e.GPA, e.Data)
+	}
+	switch {
+	case layout:
+		m.layout()
+		if err := m.reread(ctx); err != nil {
+			return nil, err
+		}
+	case changed:
+		m.status.Slow++
+		if err := m.evaluate(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return m.flush(), nil
+}
+
+// seeBytes puts bytes into what was read last.
+func (m *Monitor) seeBytes(gpa uint64, data []byte) (changed bool) {
+	for _, p := range m.places {
+		if gpa < p.gpa || gpa-p.gpa >= p.size || m.data[p.index] == nil {
+			continue
+		}
+		at := p.offset + gpa - p.gpa
+		old := m.data[p.index][at:]
+		n := min(uint64(len(data)), p.size-(gpa-p.gpa))
+		if bytes.Equal(old[:n], data[:n]) {
+			continue
+		}
+		copy(old, data[:n])
+		changed = true
+		for i := range m.objects {
+			if m.objects[i].index == p.index {
+				m.objects[i].dirty = true
+			}
+		}
+	}
+	return changed
+}
+
+// setRegister returns false for a register that makes no item.
+func setRegister(v *kvmaccess.VCPU, r kvmaccess.Register, value uint64) bool {
+	switch r {
+	case kvmaccess.RegisterCR0:
+		v.CR0 = value
+	case kvmaccess.RegisterCR4:
+		v.CR4 = value
+	case kvmaccess.RegisterEFER:
+		v.EFER = value
+	case kvmaccess.RegisterGDTRBase:
+		v.GDTR.Base = value
+	case kvmaccess.RegisterGDTRLimit:
+		v.GDTR.Limit = uint16(value)
+	case kvmaccess.RegisterIDTRBase:
+		v.IDTR.Base = value
+	case kvmaccess.RegisterIDTRLimit:
+		v.IDTR.Limit = uint16(value)
+	case kvmaccess.RegisterTRBase:
+		v.TR.Base = value
+	case kvmaccess.RegisterTRSelector:
+		v.TR.Selector = uint16(value)
+	case kvmaccess.RegisterSTAR:
+		v.STAR = value
+	case kvmaccess.RegisterLSTAR:
+		v.LSTAR = value
+	case kvmaccess.RegisterCSTAR:
+		v.CSTAR = value
+	case kvmaccess.RegisterSFMASK:
+		v.SFMASK = value
+	case kvmaccess.RegisterSysenterCS:
+		v.SysenterCS = value
+	case kvmaccess.RegisterSysenterESP:
+		v.SysenterESP = value
+	case kvmaccess.RegisterSysenterEIP:
+		v.SysenterEIP = value
+	default:
+		return false
+	}
+	return true
+}
