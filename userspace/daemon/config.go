@@ -253,10 +253,14 @@ func (c *Config) SetPeriod(arg string) error {
 // SetBudget takes what --cpu-budget is given, which goes before periods in the
 // file.
 func (c *Config) SetBudget(arg string) error {
-	if err := c.CPUBudget.UnmarshalText([]byte(arg)); err != nil {
+	share, err := ParseShare(arg)
+	if err != nil {
 		return err
 	}
-	c.Period = 0
+	if share == 0 {
+		return fmt.Errorf("%q is nothing: it goes from %v to %v of a CPU", arg, MinBudget, MaxBudget)
+	}
+	c.CPUBudget, c.Period = share, 0
 	for name := range c.VMs {
 		c.change(name, func(vm *VMConfig) { vm.Period = 0 })
 	}

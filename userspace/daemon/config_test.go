@@ -139,7 +139,7 @@ func TestConfigErrors(t *testing.T) {
 		"budget and period of VM":  {"cpu_budget: 0.35%\nvms: {web: {period: 1s}}\n", `period of VM "web" is 1s`},
 		"budget in poll mode":      {"cpu_budget: 1%\nmode: poll\n", "needs mode watch"},
 		"budget too small":         {"cpu_budget: 0.001%\n", "0.01% to 100%"},
-		"budget is no part":        {"cpu_budget: 0.0035\n", "\"0.0035\" is no part of a CPU: write it with %, as 0.35%"},
+		"budget is no part":        {"cpu_budget: 0.0035\n", "line 1: \"0.0035\" is no part of a CPU: write it with %, as 0.35%"},
 		"period of VM too short":   {"vms: {web: {period: 10us}}\n", `period of VM "web" is 10µs`},
 		"negative period":          {"period: -1s\n", "period is -1s"},
 		"twice":                    {"period: 1s\nperiod: 2s\n", "line 2"},

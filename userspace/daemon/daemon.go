@@ -59,6 +59,9 @@ func (d *Daemon) services() ([]service, error) {
 		config: &d.config, host: &d.host, boot: boot, lane: l, journal: j, problems: p, log: d.log,
 		keepers: map[kvmaccess.VMID]*keeper{},
 	}
+	if d.config.CPUBudget != 0 {
+		w.budget = newBudget(d.config.CPUBudget, 0, d.log)
+	}
 	s := &server{
 		path: d.config.Socket, watcher: w, journal: j, problems: p, log: d.log,
 		started: time.Now(), mode: d.config.Mode, period: d.config.Period, alive: 15 * time.Second,
@@ -98,7 +101,7 @@ func (d *Daemon) Run(ctx context.Context) (err error) {
 		}, func(error) { stop() })
 	}
 	_, _ = sd.SdNotify(false, sd.SdNotifyReady)
-	d.log.Info("started", "pid", os.Getpid(), "mode", d.config.Mode, "period", d.config.Period, "socket", d.config.Socket, "findings", d.config.Findings)
+	d.log.Info("started", "pid", os.Getpid(), "mode", d.config.Mode, "period", d.config.Period, "budget", d.config.CPUBudget, "socket", d.config.Socket, "findings", d.config.Findings)
 	err = group.Run()
 	_, _ = sd.SdNotify(false, sd.SdNotifyStopping)
 	if errors.Is(err, run.ErrSignal) || ctx.Err() != nil && errors.Is(err, ctx.Err()) {

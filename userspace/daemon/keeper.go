@@ -42,6 +42,7 @@ type keeper struct {
 	account account
 	job     *job          // in poll mode
 	guard   *guard        // in watch mode; nil: this is poll mode
+	budget  *budget       // that chooses the period; nil: it is given
 	replan  chan struct{} // receives when the period may be another one
 
 	// For one goroutine at a time: the keeper's, or that of the lane that has
@@ -99,7 +100,6 @@ func (k *keeper) run(ctx context.Context) {
 	defer k.problems.clear(k.subject())
 	defer k.account.count(nil)
 	k.job = newJob(k.config.Period, &k.account, k.tick)
-	k.replan = make(chan struct{}, 1)
 	for {
 		watch, cancel := context.WithCancel(ctx)
 		k.mu.Lock()
@@ -476,7 +476,20 @@ func (k *keeper) mode() Mode {
 }
 
 // period is that of ticks, the daemon's own or the module's.
-func (k *keeper) period() time.Duration { return k.config.Period }
+func (k *keeper) period() time.Duration {
+	if k.budget != nil && k.guard != nil {
+		return k.budget.chosen().Period
+	}
+	return k.config.Period
+}
+
+// review has the keeper see whether its period is another one.
+func (k *keeper) review() {
+	select {
+	case k.replan <- struct{}{}:
+	default:
+	}
+}
 
 // watchAccount is that of the module's watches of the VM, out of those of all;
 // nil: there are none in this mode.

@@ -171,7 +171,7 @@ func answer(w http.ResponseWriter, v any) error {
 }
 
 func (s *server) health(w http.ResponseWriter, _ *http.Request) error {
-	h := Health{Problems: s.problems.list(), PID: os.Getpid(), Started: s.started, Mode: s.mode, Period: s.period}
+	h := Health{Problems: s.problems.list(), PID: os.Getpid(), Started: s.started, Mode: s.mode, Period: s.period, Budget: s.watcher.budgetStatus()}
 	h.OK = len(h.Problems) == 0
 	s.watcher.mu.Lock()
 	h.Module = s.watcher.module

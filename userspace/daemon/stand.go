@@ -223,8 +223,12 @@ func (k *keeper) program(ctx context.Context) (again time.Time, err error) {
 		k.list = &list
 	}
 	now := time.Now()
+	first := len(k.guard.parts) == 0
 	if err := k.guard.program(ctx, k.period(), k.list.Items, now); err != nil {
 		return again, err
+	}
+	if first && k.budget != nil {
+		k.budget.changed()
 	}
 	if k.list.Again > 0 {
 		again = now.Add(k.list.Again)

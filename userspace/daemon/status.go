@@ -116,6 +116,8 @@ type Stats struct {
 	// Account sums over all VMs, those that are gone included.
 	Account
 	Findings uint64 `json:"findings"` // raised since the start of the daemon
+	// Budget is what was chosen by the CPU budget; nil: there is none.
+	Budget *BudgetStatus `json:"budget,omitempty"`
 
 	VMs []VMAccount `json:"vms"` // present VMs
 }
@@ -138,7 +140,8 @@ type Health struct {
 	PID      int             `json:"pid"`
 	Started  time.Time       `json:"started"`
 	Mode     Mode            `json:"mode"`
-	Period   time.Duration   `json:"period"` // default, ns
+	Period   time.Duration   `json:"period"` // default, ns; 0: the budget chooses it
+	Budget   *BudgetStatus   `json:"budget,omitempty"`
 	Module   *kvmaccess.Info `json:"module,omitempty"`
 	VMs      int             `json:"vms"`
 	// Unwritten findings wait to be written to the findings file.

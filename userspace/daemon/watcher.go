@@ -35,6 +35,7 @@ type watcher struct {
 	mu      sync.Mutex
 	src     source   // nil while the module does not answer
 	watches *watches // nil: poll mode
+	budget  *budget  // nil: periods are given
 	module  *kvmaccess.Info
 	keepers map[kvmaccess.VMID]*keeper
 	retired Account // of VMs that are gone
@@ -146,6 +147,9 @@ func (w *watcher) session(ctx context.Context, src source) error {
 				cancel(err)
 			}
 		})
+		if w.budget != nil {
+			receiving.Go(func() { w.budget.run(ctx, w.all, w.watchAccounts) })
+		}
 	}
 
 	if err := w.list(ctx, src, cancel); err != nil {
@@ -331,7 +335,7 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 	}
 	config := w.config.vm(vmm.Name, vmm.UUID)
 	if config.Period == 0 {
-		config.Period = DefaultPeriod
+		config.Period = DefaultPeriod // as long as no budget chooses
 	}
 	id := identity{Boot: w.boot, PID: vm.PID, Start: vmm.Start, Name: vmm.Name, UUID: vmm.UUID}
 	for w.taken(id) {
@@ -341,7 +345,7 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 		vm: vm, id: id, config: config,
 		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, verify: w.config.Verify, problems: w.problems,
 		moduleGone: fail, settled: w.memory.adjust, state: StateWaiting, vcpus: vm.VCPUs, ram: vm.Memory,
-		done: make(chan struct{}),
+		done: make(chan struct{}), replan: make(chan struct{}, 1), budget: w.budget,
 	}
 	k.log = w.log.With("vm", k.name(), "pid", vm.PID)
 	if w.watches != nil {
@@ -349,7 +353,7 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 	}
 	ctx, k.stop = context.WithCancel(ctx)
 	w.keepers[vm.ID] = k
-	k.log.Info("watching", "id", vm.ID, "uuid", id.UUID, "mode", k.mode(), "period", k.config.Period)
+	k.log.Info("watching", "id", vm.ID, "uuid", id.UUID, "mode", k.mode(), "period", k.period())
 	go func() {
 		defer close(k.done)
 		k.run(ctx)
@@ -403,6 +407,9 @@ func (w *watcher) end(id kvmaccess.VMID) *keeper {
 // drop drops a keeper that has ended. w.mu is held.
 func (w *watcher) drop(k *keeper) {
 	delete(w.keepers, k.vm.ID)
+	if w.budget != nil {
+		w.budget.changed()
+	}
 	w.retired = w.retired.add(k.account.snapshot())
 }
 
@@ -472,6 +479,15 @@ func (w *watcher) watchAccounts(ctx context.Context) []kvmaccess.WatchStats {
 	return all
 }
 
+// budgetStatus is what the CPU budget has chosen; nil: there is none.
+func (w *watcher) budgetStatus() *BudgetStatus {
+	if w.budget == nil {
+		return nil
+	}
+	b := w.budget.chosen()
+	return &b
+}
+
 // stats is the account of everything.
 func (w *watcher) stats(ctx context.Context) (Stats, error) {
 	s := Stats{VMs: []VMAccount{}}
@@ -486,6 +502,7 @@ func (w *watcher) stats(ctx context.Context) (Stats, error) {
 		s.Account = s.Account.add(a.Account)
 	}
 	w.mu.Unlock()
+	s.Budget = w.budgetStatus()
 	s.Wakeups = w.lane.wakeups.Load()
 	s.Findings, _ = w.journal.counts()
 	if src == nil {

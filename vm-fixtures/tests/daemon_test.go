@@ -329,7 +329,7 @@ func TestPeriods(t *testing.T) {
 	web := sharedGuest(t, "web1")
 	symbols := symbolFile(t, web)
 	for _, period := range []time.Duration{time.Millisecond, 20 * time.Millisecond} {
-		d := startDaemon(t, t.TempDir(), "--period", "db1=1s", "--period", period.String(), "--symbols", symbols)
+		d := startDaemon(t, t.TempDir(), "--mode", "poll", "--period", "db1=1s", "--period", period.String(), "--symbols", symbols)
 		watching(t, d, web.Name)
 		// Each status is of some time while it was asked for.
 		before := time.Now()
@@ -365,7 +365,12 @@ func TestDaemonRefuses(t *testing.T) {
 		uid  uint32
 		want string
 	}{
-		{"period too short", []string{"--period", "10us"}, 0, "1ms"},
+		{"period too short", []string{"--period", "10us"}, 0, "500µs"},
+		{"period too short to poll", []string{"--mode", "poll", "--period", "600us"}, 0, "1ms"},
+		{"no such mode", []string{"--mode", "guess"}, 0, "watch or poll"},
+		{"budget and period", []string{"--cpu-budget", "0.35%", "--period", "1s"}, 0, "--period"},
+		{"no budget", []string{"--cpu-budget", "0.35"}, 0, "0.35%"},
+		{"budget in poll mode", []string{"--cpu-budget", "0.35%", "--mode", "poll"}, 0, "mode watch"},
 		{"no period", []string{"--period", "often"}, 0, "duration"},
 		{"no such configuration", []string{"--config", "/nonexistent.yaml"}, 0, "/nonexistent.yaml"},
 		{"unknown setting", []string{"--config", func() string {
