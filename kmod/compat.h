@@ -6,6 +6,7 @@
 #include <linux/ftrace.h>
 #include <linux/genetlink.h>
 #include <linux/hrtimer.h>
+#include <linux/kthread.h>
 #include <linux/kvm_host.h>
 #include <linux/version.h>
 #include <net/genetlink.h>
@@ -124,5 +125,14 @@ static inline void kvmaccess_compat_timer(struct hrtimer *timer,
 	timer->function = fn;
 #endif
 }
+
+/*
+ * "treewide: Introduce kthread_run_worker[_on_cpu]()", 6.14: a worker that is
+ * only created waits for its first work uninterruptibly, and the kernel says
+ * that it hangs when that is not there after two minutes.
+ */
+#ifndef kthread_run_worker
+#define kthread_run_worker kthread_create_worker
+#endif
 
 #endif /* _KVMACCESS_COMPAT_H */

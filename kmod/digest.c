@@ -13,6 +13,7 @@
 
 #include "digest.h"
 
+/* To be freed by kfree_sensitive(). */
 struct kvmaccess_digest *kvmaccess_digest_new(const void *key)
 {
 	struct kvmaccess_digest *digest;
@@ -27,19 +28,13 @@ struct kvmaccess_digest *kvmaccess_digest_new(const void *key)
 	return digest;
 }
 
-/*
- * The digest of a page of the adopted address space, with page faults
- * disabled. Returns -ENODATA where the host has no page in place.
- */
-int kvmaccess_digest_page(const struct kvmaccess_digest *digest,
-			  const void __user *page, u64 *value)
+/* -ENODATA where the kernel has no mapping of the page. */
+int kvmaccess_digest_page(const struct kvmaccess_digest *digest, const void *page, u64 *value)
 {
 	u64 low = 0, high = 0;
 	long i = -(long)PAGE_SIZE;
 	bool absent = false;
 
-	if (!user_access_begin(page, PAGE_SIZE))
-		return -ENODATA;
 	asm volatile("1:\n\t"
 		     ".irp at, 0, 16, 32, 48\n\t"
 		     "2: movq \\at(%[page],%[i]), %%rax\n\t"
@@ -58,10 +53,9 @@ int kvmaccess_digest_page(const struct kvmaccess_digest *digest,
 		     "4: movb $1, %[absent]\n\t"
 		     "5:\n\t"
 		     : [i] "+r"(i), [low] "+r"(low), [high] "+r"(high), [absent] "+m"(absent)
-		     : [page] "r"((__force const void *)page + PAGE_SIZE),
+		     : [page] "r"(page + PAGE_SIZE),
 		       [words] "r"((const void *)digest->words + PAGE_SIZE)
 		     : "rax", "rdx", "cc", "memory");
-	user_access_end();
 	if (absent)
 		return -ENODATA;
 	*value = siphash_2u64(low, high, &digest->key);

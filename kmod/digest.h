@@ -14,6 +14,6 @@ struct kvmaccess_digest {
 
 struct kvmaccess_digest * __must_check kvmaccess_digest_new(const void *key);
 int __must_check kvmaccess_digest_page(const struct kvmaccess_digest *digest,
-				       const void __user *page, u64 *value);
+				       const void *page, u64 *value);
 
 #endif /* _KVMACCESS_DIGEST_H */

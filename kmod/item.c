@@ -84,58 +84,7 @@ static __always_inline u32 count_equal(const void *have, const void *want, u32 l
 	return length + i;
 }
 
-/*
- * Compare memory of the adopted address space in place, with page faults
- * disabled. Returns 0 if it is as expected; 1 if not, with the offset of a part
- * of up to 8 bytes that differs, and what was there; -ENODATA where the host
- * has no page in place.
- */
-int kvmaccess_item_compare(const void __user *at, const void *expected, u32 length,
-			   u32 *offset, u64 *found)
-{
-	u32 whole = round_down(length, GROUP);
-	bool absent = false;
-	u32 i = 0;
-	u64 word;
-	u8 byte;
-
-	if (!user_access_begin(at, length))
-		return -ENODATA;
-	if (whole)
-		i = count_equal((__force const void *)at, expected, whole, &absent);
-	if (absent)
-		goto absent;
-	/* What is left of it, and what differs or just did. */
-	for (; i + sizeof(word) <= length; i += sizeof(word)) {
-		unsafe_get_user(word, (const u64 __user *)(at + i), absent);
-		if (word != *(const u64 *)(expected + i)) {
-			user_access_end();
-			*offset = i;
-			*found = word;
-			return 1;
-		}
-	}
-	for (; i < length; i++) {
-		unsafe_get_user(byte, (const u8 __user *)at + i, absent);
-		if (byte != ((const u8 *)expected)[i]) {
-			user_access_end();
-			*offset = i;
-			*found = byte;
-			return 1;
-		}
-	}
-	user_access_end();
-	return 0;
-
-absent:
-	user_access_end();
-	return -ENODATA;
-}
-
-/*
- * Whether memory that is mapped to the kernel is as expected. It may be unmapped
- * there.
- */
+/* Whether memory of the kernel is as expected, of which it may have no mapping. */
 bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 {
 	u32 whole = round_down(length, GROUP);

@@ -11,7 +11,8 @@
 struct kvmaccess_track {
 	u64 seen;	/* which bytes, while they differ */
 	u32 pending;	/* changes that have not been told */
-	u32 state;	/* enum kvmaccess_state */
+	u16 state;	/* enum kvmaccess_state */
+	bool absent;	/* it was not in place, which may have been for an instant */
 };
 
 struct kvmaccess_item_page {
@@ -68,8 +69,6 @@ static inline u64 kvmaccess_item_memory(const struct kvmaccess_item *item)
 struct kvmaccess_item * __must_check
 kvmaccess_item_new(enum kvmaccess_kind kind, u32 length);
 void kvmaccess_item_free(struct kvmaccess_item *item);
-int __must_check kvmaccess_item_compare(const void __user *at, const void *expected,
-					u32 length, u32 *offset, u64 *found);
 bool __must_check kvmaccess_item_is_equal(const void *at, const void *expected, u32 length);
 u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *state,
 			    enum kvmaccess_register reg);

@@ -15,14 +15,13 @@
 #include <linux/err.h>
 #include <linux/kthread.h>
 #include <linux/kvm_host.h>
-#include <linux/mm.h>
 #include <linux/mmu_context.h>
-#include <linux/pgtable.h>
 #include <linux/sched/mm.h>
 #include <linux/timekeeping.h>
 #include <linux/uaccess.h>
 
 #include "account.h"
+#include "compat.h"
 #include "memory.h"
 #include "vcpu.h"
 #include "vm.h"
@@ -116,66 +115,6 @@ int kvmaccess_memory_read(struct kvmaccess_memory *memory, u64 gpa, void *to,
 		len -= part;
 	}
 	return 0;
-}
-
-/* An entry of what may not be a page table any more; false if not present. */
-static bool host_entry(unsigned long pfn, unsigned long index, unsigned long *entry)
-{
-	if (!pfn_valid(pfn))
-		return false;
-	__get_kernel_nofault(entry, (const unsigned long *)pfn_to_kaddr(pfn) + index,
-			     unsigned long, absent);
-	return *entry & _PAGE_PRESENT;
-
-absent:
-	return false;
-}
-
-/*
- * Where the kernel has the page of the VMM's address, without its address space
- * being adopted; NULL if it is not in place, or no ordinary memory. With
- * interrupts off.
- *
- * The caller keeps the struct mm, so there is a top-level table. Nothing keeps
- * those below: x86 before 6.15 frees page tables after an interrupt to those
- * CPUs only that use the mm, of which this need not be one, so that lockless
- * lookups of get_user_pages_fast() are no model. A table may be anything else
- * by the time it is read, and its entries any number. Each is therefore taken
- * for what it is: the number of a page, which is checked to be memory and then
- * read so that a fault does no harm. Nor is the page itself kept: what is found
- * there may be compared, and nothing more. If it differs, the worker looks in
- * the address space; that other bytes than the VM's are just those that are
- * expected, in the moment in which it gives the page up, hides nothing that
- * the next tick would not find.
- */
-const void *kvmaccess_memory_mapped(struct mm_struct *mm, unsigned long hva)
-{
-	static const unsigned int shifts[] = {
-		P4D_SHIFT, PUD_SHIFT, PMD_SHIFT, PAGE_SHIFT,
-	};
-	unsigned long entry, size, pfn;
-	unsigned int i;
-
-	lockdep_assert_irqs_disabled();
-
-	entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
-	if (!(entry & _PAGE_PRESENT))
-		return NULL;
-	for (i = pgtable_l5_enabled() ? 0 : 1; i < ARRAY_SIZE(shifts); i++) {
-		pfn = (entry & PTE_PFN_MASK) >> PAGE_SHIFT;
-		if (!host_entry(pfn, (hva >> shifts[i]) & (PTRS_PER_PTE - 1), &entry))
-			return NULL;
-		if (shifts[i] == PAGE_SHIFT || (entry & _PAGE_PSE && shifts[i] <= PUD_SHIFT))
-			break;
-	}
-	/* Special: of a device, for instance. */
-	if (entry & _PAGE_SPECIAL)
-		return NULL;
-	size = 1UL << shifts[i];
-	pfn = ((entry & PTE_PFN_MASK & ~(size - 1)) | (hva & (size - 1))) >> PAGE_SHIFT;
-	if (!pfn_valid(pfn))
-		return NULL;
-	return pfn_to_kaddr(pfn) + offset_in_page(hva);
 }
 
 #define ENTRY_PRESENT	BIT_ULL(0)
@@ -332,7 +271,7 @@ u64 kvmaccess_memory_worker_time(void)
 
 int __init kvmaccess_memory_init(void)
 {
-	worker = kthread_create_worker(0, "kvmaccess");
+	worker = kthread_run_worker(0, "kvmaccess");
 	return PTR_ERR_OR_ZERO(worker);
 }
 

@@ -5,7 +5,6 @@
 #include <linux/types.h>
 
 struct kvm;
-struct mm_struct;
 struct kvmaccess_vm;
 struct kvmaccess_vcpu_state;
 struct task_struct;
@@ -38,7 +37,6 @@ int __must_check kvmaccess_memory_read(struct kvmaccess_memory *memory,
 int __must_check kvmaccess_memory_read_virtual(struct kvmaccess_memory *memory,
 					       const struct kvmaccess_paging *p,
 					       u64 gva, void *to, u32 len);
-const void * __must_check kvmaccess_memory_mapped(struct mm_struct *mm, unsigned long hva);
 void kvmaccess_memory_paging(const struct kvmaccess_vcpu_state *state,
 			     struct kvmaccess_paging *paging);
 bool kvmaccess_memory_is_canonical(const struct kvmaccess_paging *paging,

@@ -21,7 +21,7 @@
 #include "vcpu.h"
 #include "version.h"
 #include "vm.h"
-#include "watch.h"
+#include "tick.h"
 
 /* Takes none; with no policy at all it would take any. */
 static const struct nla_policy info_policy[] = {
@@ -950,7 +950,7 @@ static int stats_fill(struct sk_buff *skb, struct kvmaccess_vm *vm)
 	if ((vm && put_u64(skb, KVMACCESS_A_STATS_VM_ID, vm->id)) ||
 	    put_u64(skb, KVMACCESS_A_STATS_WORKER,
 		    vm ? atomic64_read(&a->worker) :
-		    kvmaccess_memory_worker_time() + kvmaccess_watch_worker_time()) ||
+		    kvmaccess_memory_worker_time() + kvmaccess_tick_worker_time()) ||
 	    put_u64(skb, KVMACCESS_A_STATS_INTERRUPT, atomic64_read(&a->interrupt)) ||
 	    put_u64(skb, KVMACCESS_A_STATS_CAPTURES, atomic64_read(&a->captures)) ||
 	    put_u64(skb, KVMACCESS_A_STATS_RETRIES, atomic64_read(&a->retries)) ||

@@ -177,6 +177,18 @@ static int parse_masked(struct nlattr **tb, const struct nlattr *attr,
 	return 0;
 }
 
+static bool is_protected(struct kvm *kvm)
+{
+	struct kvm_vcpu *vcpu;
+	unsigned long i;
+
+	kvm_for_each_vcpu(i, vcpu, kvm) {
+		if (vcpu->arch.guest_state_protected)
+			return true;
+	}
+	return false;
+}
+
 static int parse_register(struct nlattr **tb, const struct nlattr *attr,
 			  struct kvmaccess_item *item, struct kvmaccess_vm *vm,
 			  struct netlink_ext_ack *extack)
@@ -194,6 +206,9 @@ static int parse_register(struct nlattr **tb, const struct nlattr *attr,
 	if (!kvmaccess_vcpu_vendor())
 		return kvmaccess_request_refuse(extack, attr, -EOPNOTSUPP,
 			"registers cannot be read on this host: see what INFO says is missing");
+	if (is_protected(vm->kvm))
+		return kvmaccess_request_refuse(extack, attr, -EACCES,
+						"the registers of this guest are encrypted");
 	item->vcpu = -1;
 	if (!id)
 		return 0;

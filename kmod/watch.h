@@ -73,7 +73,6 @@ struct kvmaccess_watch_event {
 int __init kvmaccess_watch_init(void);
 void kvmaccess_watch_stop(void);
 void kvmaccess_watch_exit(void);
-u64 kvmaccess_watch_worker_time(void);
 void kvmaccess_watch_vm_gone(struct kvmaccess_vm *vm);
 
 struct kvmaccess_watch * __must_check

@@ -60,16 +60,20 @@
  *
  * WATCH_EVENT carries KVMACCESS_A_EVENT_* to the owner alone, when an item is
  * found in another STATE than before: different, different in another way, as
- * expected again, not resident, or in no memslot. Nothing is faulted in. OFFSET
- * counts from the item's GPA to the first byte that differs (the page, for a
- * digest), EXPECTED and DATA are what should be there and what is, up to
- * KVMACCESS_WATCH_EVENT_BYTES of it, or the value of an entry, register or
- * digest. Each item may send 16 events at once and 100 a second from then on,
- * each watch 512 and 1000. An item that may not keeps what it has to tell, the
- * latest state of it; COALESCED counts the changes in between. LOST counts the
- * events that did not reach the owner since the one before, because its buffer
- * was full; those items try again. STATE_ENDED without a COOKIE says that the
- * VM is gone or that the module is being unloaded; the watch does nothing more.
+ * expected again, not resident, or in no memslot. Nothing is faulted in, and
+ * looking at a page does not make it one that is in use. It is not resident if
+ * it was not twice in a row: a host that exchanges a page for another has none
+ * for an instant. Of a guest whose memory is encrypted, what is compared is
+ * what the host has. OFFSET counts from the item's GPA to the first byte that
+ * differs (the page, for a digest), EXPECTED and DATA are what should be there
+ * and what is, up to KVMACCESS_WATCH_EVENT_BYTES of it, or the value of an
+ * entry, register or digest. Each item may send 16 events at once and 100 a
+ * second from then on, each watch 512 and 1000. An item that may not keeps
+ * what it has to tell, the latest state of it; COALESCED counts the changes in
+ * between. LOST counts the events that did not reach the owner since the one
+ * before, because its buffer was full; those items try again. STATE_ENDED
+ * without a COOKIE says that the VM is gone or that the module is being
+ * unloaded; the watch does nothing more.
  *
  * A vCPU that has not run since the last tick costs nothing. One that has is
  * captured as by VCPU_GET, if there are REGISTERs at all. One that never ran
@@ -86,8 +90,12 @@
  * modulo 2^64, sum modulo 2^128; the digest is SipHash-2-4(KEY, sum), sum as 16
  * bytes, little endian. KEY is to be random and secret.
  *
- * A tick that takes more than half of the period, or its share of half a CPU
- * with those of all watches, stretches the period: EFFECTIVE says to what.
+ * The first tick is at a random time within the first period. A tick that takes
+ * more than half of the period, or its share of half a CPU with those of all
+ * watches, stretches the period: EFFECTIVE says to what. Without DIGESTs, and
+ * with 128 items, 32 KiB and 16 vCPUs at most, ticks that find all as expected
+ * are those of a timer, in its interrupt; all of these take 50 us of a CPU at
+ * once and one fourth of its time at most. All else is done by a thread.
  *
  * Memory
  * ------

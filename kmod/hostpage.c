@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The pages of a VMM, by the kernel's own mapping of them and without the
+ * VMM's address space. Nothing of the host changes by that, not even the
+ * accessed bits that say which pages are in use; a page that the host has, but
+ * has mapped to nobody for the moment (to find out by a fault which node uses
+ * it, or amid the splitting of a large one), is found all the same.
+ */
+#include <linux/mm.h>
+#include <linux/pgtable.h>
+#include <linux/uaccess.h>
+
+#include "hostpage.h"
+
+/* A page that is exchanged for another more often than this within a copy: EAGAIN. */
+#define COPY_ATTEMPTS	4
+
+/* An entry of what may not be a page table any more. */
+static bool read_entry(unsigned long pfn, unsigned long index, unsigned long *entry)
+{
+	if (!pfn_valid(pfn))
+		return false;
+	__get_kernel_nofault(entry, (const unsigned long *)pfn_to_kaddr(pfn) + index,
+			     unsigned long, absent);
+	return true;
+
+absent:
+	return false;
+}
+
+/*
+ * Where the kernel has what the VMM has at @hva; NULL if no page is in place
+ * there. With interrupts off. Reading there may fault, so that it must not
+ * matter: see __get_kernel_nofault().
+ *
+ * The caller keeps the struct mm, so there is a top-level table. Nothing keeps
+ * those below: x86 before 6.15 frees page tables after an interrupt to those
+ * CPUs only that use the mm, of which this need not be one, so that lockless
+ * lookups of get_user_pages_fast() are no model. A table may be anything else
+ * by the time it is read, and its entries any number. Each is therefore taken
+ * for what it is: the number of a page, which is checked to be memory and then
+ * read so that a fault does no harm.
+ *
+ * Nor is the page itself kept: what is found there may be compared, and nothing
+ * more. That other bytes than the VM's are just those that are expected, in the
+ * moment in which it gives the page up, hides nothing that the next look would
+ * not find.
+ */
+const void *kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva)
+{
+	static const unsigned int shifts[] = {
+		P4D_SHIFT, PUD_SHIFT, PMD_SHIFT, PAGE_SHIFT,
+	};
+	unsigned long present = _PAGE_PRESENT | _PAGE_PROTNONE;
+	unsigned long entry, size, pfn;
+	unsigned int i;
+
+	lockdep_assert_irqs_disabled();
+
+	entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
+	for (i = pgtable_l5_enabled() ? 0 : 1; ; i++) {
+		if (!(entry & _PAGE_PRESENT) ||
+		    !read_entry((entry & PTE_PFN_MASK) >> PAGE_SHIFT,
+				(hva >> shifts[i]) & (PTRS_PER_PTE - 1), &entry))
+			return NULL;
+		if (shifts[i] == PAGE_SHIFT)
+			break;
+		if (entry & _PAGE_PSE && shifts[i] <= PUD_SHIFT) {
+			/* By this alone while it is being split. */
+			present |= _PAGE_PSE;
+			break;
+		}
+	}
+	if (!(entry & present))
+		return NULL;
+	/* Inverted where it is not for the processor. */
+	pfn = pte_pfn(__pte(entry));
+	size = 1UL << (shifts[i] - PAGE_SHIFT);
+	pfn = (pfn & ~(size - 1)) | ((hva >> PAGE_SHIFT) & (size - 1));
+	return pfn_valid(pfn) ? pfn_to_kaddr(pfn) + offset_in_page(hva) : NULL;
+}
+
+/*
+ * The same, kept, in @from; an error where none is in place, or where it is
+ * just being exchanged for another.
+ */
+static struct folio *keep(struct mm_struct *mm, unsigned long hva, const void **from)
+{
+	struct folio *folio, *stale = NULL;
+	unsigned long flags;
+	struct page *page;
+
+	local_irq_save(flags);
+	*from = kvmaccess_hostpage_at(mm, hva);
+	page = *from ? virt_to_page(*from) : NULL;
+	folio = page ? page_folio(page) : ERR_PTR(-ENODATA);
+	if (page && !folio_try_get(folio)) {
+		folio = ERR_PTR(-EAGAIN);
+	} else if (page && (page_folio(page) != folio ||
+			    kvmaccess_hostpage_at(mm, hva) != *from)) {
+		/* What is kept is not, or not any more, what is there. */
+		stale = folio;
+		folio = ERR_PTR(-EAGAIN);
+	}
+	local_irq_restore(flags);
+	if (stale)
+		folio_put(stale);
+	return folio;
+}
+
+/*
+ * Copy what the VMM has at @hva, of one page, which is kept meanwhile: nobody
+ * else's bytes are copied. Returns -ENODATA where no page is in place, -EAGAIN
+ * where that cannot be told at the moment, -ESHUTDOWN if the VMM is gone.
+ */
+int kvmaccess_hostpage_copy(struct mm_struct *mm, unsigned long hva, void *to, u32 len)
+{
+	unsigned int attempt = 0;
+	struct folio *folio;
+	const void *from;
+	int err;
+
+	do {
+		folio = keep(mm, hva, &from);
+	} while (folio == ERR_PTR(-EAGAIN) && ++attempt < COPY_ATTEMPTS);
+	if (IS_ERR(folio)) {
+		/* Its pages go after it went, and have been looked for first. */
+		smp_rmb();
+		return atomic_read(&mm->mm_users) ? PTR_ERR(folio) : -ESHUTDOWN;
+	}
+	err = copy_from_kernel_nofault(to, from, len) ? -ENODATA : 0;
+	folio_put(folio);
+	return err;
+}
