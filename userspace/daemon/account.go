@@ -19,7 +19,7 @@ type account struct {
 	ticks, missed, failed atomic.Uint64
 	lateMax, lateSum      atomic.Int64
 	tickMax, tickSum      atomic.Int64
-	findings              atomic.Uint64
+	findings, accepted    atomic.Uint64
 
 	mu    sync.Mutex
 	reads kvmaccess.MemoryStats // by memories that are not in use any more
@@ -72,28 +72,30 @@ func (a *account) tick(late, took time.Duration, missed uint64) {
 
 func (a *account) snapshot() Account {
 	return Account{
-		Ticks:   a.ticks.Load(),
-		Missed:  a.missed.Load(),
-		Failed:  a.failed.Load(),
-		LateMax: time.Duration(a.lateMax.Load()),
-		LateSum: time.Duration(a.lateSum.Load()),
-		TickMax: time.Duration(a.tickMax.Load()),
-		TickSum: time.Duration(a.tickSum.Load()),
-		Reads:   a.memoryReads(),
+		Ticks:    a.ticks.Load(),
+		Missed:   a.missed.Load(),
+		Failed:   a.failed.Load(),
+		Accepted: a.accepted.Load(),
+		LateMax:  time.Duration(a.lateMax.Load()),
+		LateSum:  time.Duration(a.lateSum.Load()),
+		TickMax:  time.Duration(a.tickMax.Load()),
+		TickSum:  time.Duration(a.tickSum.Load()),
+		Reads:    a.memoryReads(),
 	}
 }
 
 // add sums up two accounts.
 func (a Account) add(b Account) Account {
 	return Account{
-		Ticks:   a.Ticks + b.Ticks,
-		Missed:  a.Missed + b.Missed,
-		Failed:  a.Failed + b.Failed,
-		LateMax: max(a.LateMax, b.LateMax),
-		LateSum: a.LateSum + b.LateSum,
-		TickMax: max(a.TickMax, b.TickMax),
-		TickSum: a.TickSum + b.TickSum,
-		Reads:   a.Reads.Add(b.Reads),
+		Ticks:    a.Ticks + b.Ticks,
+		Missed:   a.Missed + b.Missed,
+		Failed:   a.Failed + b.Failed,
+		Accepted: a.Accepted + b.Accepted,
+		LateMax:  max(a.LateMax, b.LateMax),
+		LateSum:  a.LateSum + b.LateSum,
+		TickMax:  max(a.TickMax, b.TickMax),
+		TickSum:  a.TickSum + b.TickSum,
+		Reads:    a.Reads.Add(b.Reads),
 	}
 }
 

@@ -37,8 +37,12 @@ type need struct {
 	text time.Duration // each pass over its code; 0: there is none to compare
 }
 
-// unmeasured is what a tick is taken to need that none is known of.
-const unmeasured = 50 * time.Microsecond
+// What a tick, and a pass over a kernel's code, is taken to need that none is
+// known of.
+const (
+	unmeasured     = 50 * time.Microsecond
+	unmeasuredText = 50 * time.Millisecond
+)
 
 // choose finds the shortest period that fits, and how often all code can be
 // compared. own is what the daemon itself takes, text what was asked for.
@@ -53,6 +57,9 @@ func choose(share, own Share, needs []need, text time.Duration) BudgetStatus {
 	// A little is left over, so that not each change in what is measured makes
 	// for another period. The daemon may be told to take less than it does.
 	left := float64(share-min(own, share/2)) * 0.9
+	if pass == 0 {
+		b.Text = text // of nothing
+	}
 	if text > 0 && pass > 0 {
 		for _, t := range append([]time.Duration{text}, textPasses...) {
 			if t >= text && float64(pass)/float64(t) <= left/2 {
@@ -138,7 +145,7 @@ type budget struct {
 
 func newBudget(share Share, text time.Duration, log *slog.Logger) *budget {
 	b := &budget{share: share, text: text, log: log, wake: make(chan struct{}, 1), before: map[kvmaccess.VMID]WatchAccount{}, needs: map[kvmaccess.VMID]need{}}
-	b.status = choose(share, 0, []need{{tick: unmeasured}}, 0)
+	b.status = choose(share, 0, []need{{unmeasured, unmeasuredText}}, text)
 	b.status.VMs = 0
 	return b
 }
@@ -235,6 +242,14 @@ func (b *budget) measure(id kvmaccess.VMID, a WatchAccount) need {
 	n, known := b.needs[id]
 	if !known {
 		n.tick = unmeasured
+	}
+	switch c := a.Code; {
+	case c == nil || c.Reason != "":
+		n.text = 0
+	case c.Compared > 0 && c.Bytes > 0:
+		n.text = time.Duration(float64(c.Time) / float64(c.Compared) * float64(c.Bytes))
+	case !known:
+		n.text = unmeasuredText
 	}
 	before := b.before[id]
 	if a.Ticks < before.Ticks || a.Time < before.Time {

@@ -30,6 +30,7 @@ const (
 	DefaultRelist   = time.Minute
 	DefaultVerify   = 5 * time.Minute
 	DefaultKeep     = 100_000
+	DefaultText     = 10 * time.Second
 )
 
 // Mode says who compares.
@@ -78,6 +79,10 @@ type Config struct {
 	// looked at once, a little with each check, 1 s or more: its being
 	// overwritten is found by then.
 	Verify time.Duration `yaml:"verify"`
+	// Text is in how long all of a kernel's code and read-only data is compared
+	// once, in watch mode, 1 s or more; 0: it is not. Under CPUBudget it is the
+	// shortest that is chosen.
+	Text time.Duration `yaml:"text"`
 	// Keep is how many findings the API can look back on.
 	Keep uint64 `yaml:"keep"`
 	// LogLevel is debug, info, warn or error.
@@ -101,6 +106,7 @@ func Default() Config {
 		StateDir: DefaultStateDir,
 		Relist:   DefaultRelist,
 		Verify:   DefaultVerify,
+		Text:     DefaultText,
 		Keep:     DefaultKeep,
 	}
 }
@@ -178,6 +184,9 @@ func (c *Config) Check() error {
 	}
 	if c.Verify < time.Second {
 		bad("verify is %v: it must be 1s or more", c.Verify)
+	}
+	if c.Text != 0 && c.Text < time.Second {
+		bad("text is %v: it must be 1s or more, or 0", c.Text)
 	}
 	if c.Keep == 0 {
 		bad("keep is 0: at least one finding must be kept")

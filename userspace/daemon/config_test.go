@@ -56,7 +56,7 @@ vms:
 	ranges := []integrity.MemoryRange{{Name: "ops", Symbol: "my_ops", Length: 8}, {Address: 0xffffffff81000000, Length: 4096}}
 	want := Config{
 		Mode: ModeWatch, Period: 2 * time.Second, Socket: DefaultSocket, StateDir: DefaultStateDir, Findings: "-", Symbols: "./x=y",
-		Relist: DefaultRelist, Verify: DefaultVerify, Keep: DefaultKeep, LogLevel: slog.LevelDebug,
+		Relist: DefaultRelist, Verify: DefaultVerify, Text: DefaultText, Keep: DefaultKeep, LogLevel: slog.LevelDebug,
 		VMs: map[string]VMConfig{
 			"web": {Period: 5 * time.Millisecond, Ranges: ranges}, "AAAA-1": {Symbols: "/b"},
 			"mail": {Period: 20 * time.Millisecond, Symbols: "/m=1"},
@@ -150,6 +150,7 @@ func TestConfigErrors(t *testing.T) {
 		"level":                    {"log_level: loud\n", "loud"},
 		"keep nothing":             {"keep: 0\n", "keep is 0"},
 		"relist":                   {"relist: 1ms\n", "relist is 1ms"},
+		"text":                     {"text: 10ms\n", "text is 10ms"},
 		"verify":                   {"verify: 10ms\n", "verify is 10ms"},
 		"socket path":              {"socket: /" + strings.Repeat("x", 120) + "\n", "at most 103"},
 		"no socket":                {"socket: ''\n", "socket is empty"},

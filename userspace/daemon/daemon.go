@@ -60,7 +60,7 @@ func (d *Daemon) services() ([]service, error) {
 		keepers: map[kvmaccess.VMID]*keeper{},
 	}
 	if d.config.CPUBudget != 0 {
-		w.budget = newBudget(d.config.CPUBudget, 0, d.log)
+		w.budget = newBudget(d.config.CPUBudget, d.config.Text, d.log)
 	}
 	s := &server{
 		path: d.config.Socket, watcher: w, journal: j, problems: p, log: d.log,

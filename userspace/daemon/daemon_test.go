@@ -225,7 +225,7 @@ func TestAPINames(t *testing.T) {
 	r.watching(t, 1)
 	for path, names := range map[string][]string{
 		"/v1/health": {"ok", "problems", "pid", "started", "mode", "period", "module", "vms", "unwritten"},
-		"/v1/stats": {"time", "uptime", "cpu", "user", "system", "module", "wakeups", "ticks", "missed", "failed",
+		"/v1/stats": {"time", "uptime", "cpu", "user", "system", "module", "wakeups", "ticks", "missed", "failed", "accepted",
 			"late_max", "late_sum", "tick_max", "tick_sum", "reads", "findings", "vms"},
 	} {
 		text, err := raw(r, "GET", path)

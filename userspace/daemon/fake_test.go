@@ -405,6 +405,18 @@ func (m *fakeMonitor) See(_ context.Context, e kvmaccess.WatchEvent) ([]integrit
 	return []integrity.Finding{f}, nil
 }
 
+func (m *fakeMonitor) StartText(*kvmaccess.Digester) (*integrity.TextLook, error) {
+	return nil, integrity.ErrNoText
+}
+
+func (m *fakeMonitor) FinishText(context.Context, *integrity.TextLook) ([]integrity.Finding, error) {
+	return nil, nil
+}
+
+func (m *fakeMonitor) WatchText() integrity.WatchList { return integrity.WatchList{} }
+
+func (m *fakeMonitor) Accepted() []integrity.Accepted { return nil }
+
 func (m *fakeMonitor) State() integrity.State { return m.state }
 
 func (m *fakeMonitor) Baseline() integrity.Baseline {

@@ -24,7 +24,7 @@ type guard struct {
 	box     *mailbox
 
 	// For one goroutine at a time, the keeper's.
-	period time.Duration
+	config kvmaccess.WatchConfig
 	parts  []*part // the watches; one, unless there is more than it may have
 	next   uint64  // cookie
 	stale  bool    // what the watches are is not known
@@ -80,9 +80,9 @@ func newGuard(w *watches, vm kvmaccess.VMID, log *slog.Logger) *guard {
 
 // program has the module compare what is in the list, and nothing else. What it
 // compares already goes on as it is.
-func (g *guard) program(ctx context.Context, period time.Duration, list []integrity.WatchItem, now time.Time) error {
+func (g *guard) program(ctx context.Context, config kvmaccess.WatchConfig, list []integrity.WatchItem, now time.Time) error {
 	list = g.quiet(list, now)
-	if len(g.parts) == 1 && !g.stale && g.period == period && len(list) <= partItems {
+	if len(g.parts) == 1 && !g.stale && g.config == config && len(list) <= partItems {
 		err := g.change(ctx, g.parts[0], list)
 		if err == nil {
 			return nil
@@ -93,7 +93,7 @@ func (g *guard) program(ctx context.Context, period time.Duration, list []integr
 		// Whether it was done is not known, or the watch is no more.
 		g.log.Info("watches are programmed anew", "rule", "a change of them failed", "error", err)
 	}
-	return g.anew(ctx, period, list)
+	return g.anew(ctx, config, list)
 }
 
 // change changes one watch.
@@ -156,7 +156,7 @@ func (g *guard) add(ctx context.Context, p *part, list []integrity.WatchItem, ad
 }
 
 // anew makes new watches before it ends those that there are.
-func (g *guard) anew(ctx context.Context, period time.Duration, list []integrity.WatchItem) error {
+func (g *guard) anew(ctx context.Context, config kvmaccess.WatchConfig, list []integrity.WatchItem) error {
 	var parts []*part
 	fail := func(err error) error {
 		for _, p := range parts {
@@ -174,7 +174,7 @@ func (g *guard) anew(ctx context.Context, period time.Duration, list []integrity
 			}
 			n++
 		}
-		x, err := g.watches.open(ctx, g.vm, kvmaccess.WatchConfig{Period: period}, g.box)
+		x, err := g.watches.open(ctx, g.vm, config, g.box)
 		if err != nil {
 			return fail(fmt.Errorf("watch: %w", err))
 		}
@@ -191,7 +191,7 @@ func (g *guard) anew(ctx context.Context, period time.Duration, list []integrity
 		list = list[n:]
 	}
 	old := g.parts
-	g.parts, g.period, g.stale = parts, period, false
+	g.parts, g.config, g.stale = parts, config, false
 	g.mu.Lock()
 	g.ids = nil
 	for _, p := range append(parts, old...) {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -29,6 +30,7 @@ type keeper struct {
 	symbols  *symbolFiles
 	cache    *guest.Cache
 	verify   time.Duration // Config.Verify
+	stateDir string        // Config.StateDir
 	problems *problems
 	log      *slog.Logger
 	// moduleGone is told when the module does not answer any more.
@@ -42,6 +44,9 @@ type keeper struct {
 	account account
 	job     *job          // in poll mode
 	guard   *guard        // in watch mode; nil: this is poll mode
+	code    *codeWatch    // likewise
+	text    time.Duration // Config.Text
+	scratch *os.File      // for a copy of the kernel's code; nil: there is none
 	budget  *budget       // that chooses the period; nil: it is given
 	replan  chan struct{} // receives when the period may be another one
 
@@ -99,6 +104,14 @@ const quickTicks = 64
 func (k *keeper) run(ctx context.Context) {
 	defer k.problems.clear(k.subject())
 	defer k.account.count(nil)
+	if k.guard != nil && k.stateDir != "" {
+		var err error
+		if k.scratch, err = openCode(k.stateDir, k.id); err != nil {
+			k.log.Warn("the kernel's code is not compared", "error", err)
+		} else {
+			defer k.scratch.Close()
+		}
+	}
 	k.job = newJob(k.config.Period, &k.account, k.tick)
 	for {
 		watch, cancel := context.WithCancel(ctx)
@@ -216,6 +229,9 @@ func (k *keeper) name() string { return integrity.VM{ID: k.vm.ID, Name: k.id.Nam
 // prepare makes the monitor.
 func (k *keeper) prepare() error {
 	options := integrity.Options{Cache: k.cache, Verify: k.verify, Ranges: k.config.Ranges, Baseline: k.journal.guest(k.id).Baseline}
+	if k.guard != nil && k.scratch != nil {
+		options.Scratch = k.scratch
+	}
 	k.memory = nil
 	if memory := k.host.memory(k.src, k.vm); memory != nil {
 		k.memory = &coldMemory{memory: memory}
@@ -346,7 +362,8 @@ func (k *keeper) stay(ctx context.Context) outcome {
 	k.leave = leave
 	k.mu.Unlock()
 	if k.memory != nil {
-		k.memory.shared, k.memory.asked = true, false
+		k.memory.shared = true
+		k.memory.asked.Store(false)
 		defer func() { k.memory.shared = false }()
 	}
 	k.lane.hold(ctx, k.job)
@@ -386,8 +403,9 @@ func (k *keeper) stayApart(ctx context.Context) outcome {
 // tick is one check on a lane. It returns false to leave the lane.
 func (k *keeper) tick(ctx context.Context) bool {
 	findings, err := k.monitor.Tick(ctx)
+	k.accepted()
 	if len(findings) == 0 && err == nil && k.monitor.State() == integrity.StateWatching &&
-		(k.memory == nil || k.memory.shared && !k.memory.asked) {
+		(k.memory == nil || k.memory.shared && !k.memory.asked.Load()) {
 		return true
 	}
 	k.findings = append(k.findings, findings...)
@@ -411,13 +429,20 @@ func (k *keeper) tick(ctx context.Context) bool {
 	return k.outcome == outcomeNone
 }
 
+// accepted takes down what the guest may do and did.
+func (k *keeper) accepted() {
+	for _, a := range k.monitor.Accepted() {
+		k.log.Info("accepted: "+a.What, "rule", a.Rule)
+		k.account.accepted.Add(1)
+	}
+}
+
 // pace says whether the VM is on the right lane.
 func (k *keeper) pace() outcome {
 	if k.memory == nil {
 		return outcomeNone
 	}
-	asked := k.memory.asked
-	k.memory.asked = false
+	asked := k.memory.asked.Swap(false)
 	switch {
 	case k.memory.shared && asked:
 		return outcomeSlow
@@ -498,6 +523,7 @@ func (k *keeper) watchAccount(all []kvmaccess.WatchStats) *WatchAccount {
 		return nil
 	}
 	a := k.guard.account(all)
+	a.Code = k.code.account(all)
 	return &a
 }
 

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -55,6 +56,10 @@ type monitor interface {
 	// For the watch mode.
 	WatchItems(ctx context.Context) (integrity.WatchList, error)
 	See(ctx context.Context, e kvmaccess.WatchEvent) ([]integrity.Finding, error)
+	StartText(d *kvmaccess.Digester) (*integrity.TextLook, error)
+	FinishText(ctx context.Context, l *integrity.TextLook) ([]integrity.Finding, error)
+	WatchText() integrity.WatchList
+	Accepted() []integrity.Accepted
 }
 
 // moduleWatcher is a *kvmaccess.Watcher as a watchSource.
@@ -131,13 +136,13 @@ func isModuleGone(err error) bool {
 // even try.
 type coldMemory struct {
 	memory guest.Memory
-	shared bool // the reader is on the shared lane
-	asked  bool // since this was last set to false
+	shared bool        // the reader is on the shared lane
+	asked  atomic.Bool // since this was last set to false
 }
 
 // ReadPhysical implements guest.Memory.
 func (m *coldMemory) ReadPhysical(ctx context.Context, gpa uint64, p []byte) error {
-	m.asked = true
+	m.asked.Store(true)
 	if m.shared {
 		return kvmaccess.ErrNotResident
 	}

@@ -54,6 +54,7 @@ func (k *keeper) stand(ctx context.Context) outcome {
 	k.leave = leave
 	k.mu.Unlock()
 	defer k.guard.close()
+	defer k.code.close()
 	result := k.standUntil(ctx)
 	if result == outcomeStopped && ctx.Err() != nil && stop.Err() == nil {
 		return outcomeChanged // by look
@@ -83,8 +84,11 @@ func (k *keeper) standUntil(ctx context.Context) outcome {
 			failures = 0
 			k.settle()
 		}
+		if result := k.lookAtCode(ctx); result != outcomeNone {
+			return result
+		}
 		next := verify
-		for _, at := range []time.Time{again, g.restlessUntil(time.Now())} {
+		for _, at := range []time.Time{again, g.restlessUntil(time.Now()), k.code.next()} {
 			if !at.IsZero() && at.Before(next) {
 				next = at
 			}
@@ -92,6 +96,16 @@ func (k *keeper) standUntil(ctx context.Context) outcome {
 		timer := time.NewTimer(time.Until(next))
 		select {
 		case <-g.box.wake:
+		case <-k.code.guard.box.wake:
+			timer.Stop()
+			k.code.told(k.log)
+			continue
+		case err := <-k.code.done:
+			timer.Stop()
+			if result := k.looked(ctx, err); result != outcomeNone {
+				return result
+			}
+			continue
 		case <-k.replan:
 		case <-timer.C:
 		case <-ctx.Done():
@@ -110,6 +124,7 @@ func (k *keeper) standUntil(ctx context.Context) outcome {
 		rounds.done(now)
 		if !now.Before(verify) {
 			verify = now.Add(verifyEvery)
+			k.code.due = k.code.due || k.code.unwatched
 		}
 		if result := k.round(ctx); result != outcomeNone {
 			return result
@@ -196,6 +211,7 @@ func (k *keeper) doubt(ctx context.Context, events []kvmaccess.WatchEvent, found
 // take takes what a round gave.
 func (k *keeper) take(ctx context.Context, findings []integrity.Finding, err error) outcome {
 	k.findings = append(k.findings, findings...)
+	k.accepted()
 	result := k.judge(ctx, err)
 	switch {
 	case result == outcomeFailed:
@@ -224,7 +240,7 @@ func (k *keeper) program(ctx context.Context) (again time.Time, err error) {
 	}
 	now := time.Now()
 	first := len(k.guard.parts) == 0
-	if err := k.guard.program(ctx, k.period(), k.list.Items, now); err != nil {
+	if err := k.guard.program(ctx, kvmaccess.WatchConfig{Period: k.period()}, k.list.Items, now); err != nil {
 		return again, err
 	}
 	if first && k.budget != nil {

@@ -75,6 +75,8 @@ type Account struct {
 	Missed uint64 `json:"missed"`
 	// Failed ticks, of Ticks: the VM could not be read.
 	Failed uint64 `json:"failed"`
+	// Accepted changes: a guest may make them, by a rule that the log names.
+	Accepted uint64 `json:"accepted"`
 	// LateMax and LateSum: from a tick's deadline to its beginning, in watch
 	// mode from when the module found what it is about. Missed ticks are in
 	// neither.

@@ -34,6 +34,11 @@ type WatchAccount struct {
 
 	Restless int    `json:"restless"` // places that change all the time, and are left to rounds
 	Rearmed  uint64 `json:"rearmed"`  // times that all watches were made anew
+
+	Code *CodeAccount `json:"code,omitempty"` // beside all of the above
+
+	Passes   uint64 `json:"-"` // of digests
+	Compared uint64 `json:"-"` // bytes so far
 }
 
 func watchAccount(s kvmaccess.WatchStats) WatchAccount {
@@ -43,6 +48,7 @@ func watchAccount(s kvmaccess.WatchStats) WatchAccount {
 		Captures: s.Captures, Skipped: s.Skipped, Failed: s.Failed,
 		Events: s.Events, Coalesced: s.Coalesced, Lost: s.Lost,
 		Different: s.Different, NotResident: s.NotResident, NoMemslot: s.NoMemslot,
+		Passes: s.Passes, Compared: s.Compared,
 	}
 }
 
@@ -68,6 +74,8 @@ func (a WatchAccount) add(b WatchAccount) WatchAccount {
 	a.NoMemslot += b.NoMemslot
 	a.Restless += b.Restless
 	a.Rearmed += b.Rearmed
+	a.Passes += b.Passes
+	a.Compared += b.Compared
 	return a
 }
 

@@ -156,6 +156,11 @@ func (w *watcher) session(ctx context.Context, src source) error {
 		return err
 	}
 	w.journal.forgetWhere(func(id identity) bool { return !id.alive(w.boot, w.host.identify) })
+	var present []identity
+	for _, k := range w.all() {
+		present = append(present, k.id)
+	}
+	dropCode(w.config.StateDir, present, w.log)
 	for {
 		w.memory.adjust()
 		timer := time.NewTimer(w.relistPeriod())
@@ -343,13 +348,14 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 	}
 	k := &keeper{
 		vm: vm, id: id, config: config,
-		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, verify: w.config.Verify, problems: w.problems,
+		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, verify: w.config.Verify, stateDir: w.config.StateDir, text: w.config.Text, problems: w.problems,
 		moduleGone: fail, settled: w.memory.adjust, state: StateWaiting, vcpus: vm.VCPUs, ram: vm.Memory,
 		done: make(chan struct{}), replan: make(chan struct{}, 1), budget: w.budget,
 	}
 	k.log = w.log.With("vm", k.name(), "pid", vm.PID)
 	if w.watches != nil {
 		k.guard = newGuard(w.watches, vm.ID, k.log)
+		k.code = newCodeWatch(w.watches, vm.ID, k.log)
 	}
 	ctx, k.stop = context.WithCancel(ctx)
 	w.keepers[vm.ID] = k
@@ -384,6 +390,9 @@ func (w *watcher) ids() []kvmaccess.VMID {
 func (w *watcher) remove(id kvmaccess.VMID) {
 	if k := w.end(id); k != nil {
 		w.journal.forget(k.id)
+		if err := os.Remove(codeFile(w.config.StateDir, k.id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			k.log.Warn("the copy of its code is left", "error", err)
+		}
 		k.log.Info("gone")
 	}
 }

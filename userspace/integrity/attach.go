@@ -109,6 +109,11 @@ func (m *Monitor) attach(ctx context.Context) error {
 	m.rebase(ctx, gates, boot)
 	m.boot = boot
 
+	if m.code != nil {
+		if c, err := m.newCode(); err == nil && c.key == m.code.key {
+			g.Code = m.code // until it is looked at again
+		}
+	}
 	m.layout()
 	m.status.State, m.status.Reason = StateWatching, ""
 	if g.Image != nil {

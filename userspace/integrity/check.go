@@ -33,11 +33,12 @@ const (
 	checkControl  = "control"
 	checkMemory   = "memory"
 	checkKernel   = "kernel"
+	checkText     = "text"
 )
 
 // Checks returns all checks.
 func Checks() []Check {
-	return []Check{SyscallCheck{}, IDTCheck{}, GDTCheck{}, MSRCheck{}, ControlCheck{}, MemoryCheck{}, KernelCheck{}}
+	return []Check{SyscallCheck{}, IDTCheck{}, GDTCheck{}, MSRCheck{}, ControlCheck{}, MemoryCheck{}, KernelCheck{}, TextCheck{}}
 }
 
 // CheckByName finds one of Checks.
@@ -79,6 +80,8 @@ type Guest struct {
 	Kernel *guest.Kernel
 	// Doubts are why some of what the kernel says of itself is wrong.
 	Doubts []guest.Doubt
+	// Code is the kernel's code as it was looked at last; nil: it was not.
+	Code *Code
 	// Text is the kernel image's code; empty: unknown.
 	Text guest.Extent
 	// Linux says whether the guest looks like one; nothing is expected of

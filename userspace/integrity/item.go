@@ -95,6 +95,8 @@ func (it *Item) subject(vm VM) string {
 		}
 	} else if it.Check == checkMemory {
 		name = "memory " + it.Object
+	} else if it.Check == checkText {
+		name = "kernel " + it.Object
 	} else if it.Name != "" {
 		name = it.Name
 	}
@@ -119,7 +121,7 @@ func (v *Value) text(it *Item, full bool) string {
 		return "clear"
 	case it.Flag:
 		return "set"
-	case it.Check == checkGDT && it.Entry != nil, it.Check == checkMemory, it.Check == checkKernel:
+	case it.Check == checkGDT && it.Entry != nil, it.Check == checkMemory, it.Check == checkKernel, it.Check == checkText:
 		return v.Detail
 	}
 	s := v.Value.String()

@@ -32,6 +32,7 @@ type Options struct {
 	Baseline    *Baseline      // of an earlier Monitor of this VM; nil: the first sight becomes it
 	Checks      []Check        // default: Checks()
 	Ranges      []MemoryRange  // guest memory that MemoryCheck watches
+	Scratch     Scratch        // for a copy of the kernel's code, which StartText needs; it may be that of an earlier Monitor of this VM
 	Memory      guest.Memory   // physical memory; default: the Source's ReadPhysical, which does not get at pages that the host swapped out
 	MaxFindings int            // that one Attach or Tick returns at most; default 256, the rest follows in the next ones
 
@@ -113,6 +114,9 @@ type Monitor struct {
 	refreshed   time.Time     // when what changes of it was
 	modulesTook time.Duration // to read its modules
 	verified    time.Time     // when a piece of what it never changes was looked at
+
+	code     *Code // as it was looked at last, of whichever boot; nil: it was not
+	accepted []Accepted
 
 	attaching bool
 
@@ -347,7 +351,11 @@ func (m *Monitor) capture(ctx context.Context, now time.Time) (layout, dirty boo
 		default:
 			return false, false, fmt.Errorf("vCPU %d of guest %v: %w", c.state.ID, m.vm, err)
 		}
+		settled := c.settled
 		l, d := c.update(state, now)
+		if c.settled && !settled {
+			m.accept("vCPU up", fmt.Sprintf("vCPU %d runs the kernel: what it has for itself is compared with what it had before, or becomes its baseline", c.state.ID))
+		}
 		layout, dirty = layout || l, dirty || d
 		if c.ready {
 			ready++

@@ -27,7 +27,7 @@ type WatchItem struct {
 type WatchKey struct {
 	WatchPlace
 	value, mask uint64
-	data        string
+	data        string // or digests
 }
 
 // WatchPlace is where a WatchItem looks.
@@ -52,7 +52,11 @@ func (w *WatchItem) Place() WatchPlace {
 
 // Key is where the item looks, and what it expects there.
 func (w *WatchItem) Key() WatchKey {
-	return WatchKey{w.Place(), w.Value, w.Mask, string(w.Data)}
+	data := w.Data
+	for _, d := range w.Digests {
+		data = binary.LittleEndian.AppendUint64(data, d)
+	}
+	return WatchKey{w.Place(), w.Value, w.Mask, string(data)}
 }
 
 // WatchList is all that the module is to compare of a guest.

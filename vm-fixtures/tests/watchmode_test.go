@@ -7,13 +7,15 @@ package tests
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/userspace/daemon"
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
-	"github.com/kvmaccess/kvmaccess/vm-fixtures/guest"
+	fixture "github.com/kvmaccess/kvmaccess/vm-fixtures/guest"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/monitor"
 )
 
@@ -115,7 +117,7 @@ func TestWatchModeKilled(t *testing.T) {
 // processors.
 func TestWatchModeLawful(t *testing.T) {
 	ctx := testContext(t)
-	g := startGuest(t, guest.Config{Name: "lawful", CPUs: 2})
+	g := startGuest(t, fixture.Config{Name: "lawful", CPUs: 2})
 	t.Cleanup(func() {
 		if err := g.Kill(); err != nil {
 			t.Error(err)
@@ -156,10 +158,124 @@ func TestWatchModeLawful(t *testing.T) {
 	}
 }
 
+// All of a kernel's code is compared: what the guest's own tables explain is no
+// finding, and what they do not is.
+func TestWatchModeCode(t *testing.T) {
+	ctx, c := testContext(t), newClient(t)
+	g := startGuest(t, fixture.Config{Name: "code"})
+	t.Cleanup(func() {
+		if err := g.Kill(); err != nil {
+			t.Error(err)
+		}
+	})
+	dir := t.TempDir()
+	args := []string{"--period", "20ms", "--text", "2s", "--log-level", "debug"}
+	d := startDaemon(t, dir, args...)
+	watching(t, d, g.Name)
+	code := func() daemon.CodeAccount { return *statusOf(t, d, g.Name).Watch.Code }
+	passes := func(n uint64) {
+		t.Helper()
+		last := code().Passes
+		eventually(t, time.Minute, func() error {
+			if a := code(); a.Passes < last+n {
+				return fmt.Errorf("%d passes over the code, want %d more: %+v", a.Passes, last+n-a.Passes, a)
+			}
+			return nil
+		})
+	}
+	passes(2)
+	a := code()
+	t.Logf("%d bytes of code, %d passes, each tick %v and a pass %v; %d looks", a.Bytes, a.Passes,
+		a.Time/time.Duration(a.Ticks), time.Duration(float64(a.Time)/float64(a.Compared)*float64(a.Bytes)), a.Looks)
+	if a.Bytes < 8<<20 || a.Looks != 1 || a.Reason != "" {
+		t.Errorf("the code: %+v", a)
+	}
+
+	// A static key, and a probe.
+	if _, err := g.Exec(ctx, "/bin/busybox", "mount", "-t", "tracefs", "tracefs", "/sys/kernel/tracing"); err != nil {
+		t.Fatal(err)
+	}
+	lawful := []struct{ file, on, off string }{
+		{"/proc/sys/kernel/sched_schedstats", "1", "0"},
+		{"/sys/kernel/tracing/kprobe_events", "p:kvmaccess/swapoff __x64_sys_swapoff", ""},
+		{"/sys/kernel/tracing/events/kvmaccess/swapoff/enable", "1", "0"},
+	}
+	for _, l := range lawful {
+		if err := g.Write(ctx, l.file, []byte(l.on)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, time.Minute, func() error {
+		if s := statusOf(t, d, g.Name); s.Accepted == 0 {
+			return fmt.Errorf("what the guest changed of its code was not noticed: %+v, %+v", s, s.Watch.Code)
+		}
+		return nil
+	})
+	passes(2)
+	if all := findings(t, d, daemon.Query{}); len(all) != 0 {
+		t.Errorf("findings on an honest guest: %+v", all)
+	}
+
+	// What nobody calls is overwritten, and restored; and so while no daemon runs.
+	k, err := guest.Attach(ctx, live(t, c, vmOf(t, c, g)), guest.AttachOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	at, ok := k.Image.Lookup("__x64_sys_acct")
+	if !ok {
+		t.Fatal("the guest has no __x64_sys_acct")
+	}
+	at += 16
+	truth := make([]byte, 3)
+	if err := k.Space.Read(ctx, at, truth); err != nil {
+		t.Fatal(err)
+	}
+	lie := []byte{truth[0] ^ 0xff, truth[1] ^ 0xff, truth[2] ^ 0xff}
+	told := func(kind integrity.Kind) {
+		t.Helper()
+		eventually(t, time.Minute, func() error {
+			all := findings(t, d, daemon.Query{})
+			for _, r := range all {
+				if r.Check == "text" && r.Kind == kind && (kind == integrity.KindCleared || strings.Contains(r.Message, "__x64_sys_acct+0x10")) {
+					t.Log(r.Message)
+					return nil
+				}
+			}
+			return fmt.Errorf("no finding (%s) about code among %+v", kind, all)
+		})
+	}
+	if err := g.Poke(ctx, at, lie); err != nil {
+		t.Fatal(err)
+	}
+	told(integrity.KindChanged)
+	if err := d.Stop(ctx); err != nil {
+		t.Error(err)
+	}
+	if err := g.Poke(ctx, at, truth); err != nil {
+		t.Fatal(err)
+	}
+	d = startDaemon(t, dir, args...)
+	told(integrity.KindCleared)
+	for _, l := range []int{0, 2} {
+		if err := g.Write(ctx, lawful[l].file, []byte(lawful[l].off)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	passes(2)
+	for _, r := range findings(t, d, daemon.Query{}) {
+		if r.Check != "text" && r.Object != "cr0" {
+			t.Errorf("found besides: %s", r.Message)
+		}
+	}
+	if err := d.Stop(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
 // A VM that dies under its watch is no finding and leaves none behind.
 func TestWatchModeDies(t *testing.T) {
 	ctx, c := testContext(t), newClient(t)
-	g := startGuest(t, guest.Config{Name: "dies"})
+	g := startGuest(t, fixture.Config{Name: "dies"})
 	d := startDaemon(t, t.TempDir(), "--period", "1ms", "--symbols", symbolFile(t, g))
 	watching(t, d, g.Name)
 	vm := vmOf(t, c, g).ID

@@ -34,6 +34,7 @@ type source interface {
 	Table(ctx context.Context, vm kvmaccess.VMID, vcpu uint32, kind kvmaccess.TableKind) (kvmaccess.Table, error)
 	Stats(context.Context) (kvmaccess.Stats, error)
 	StatsPerVM(context.Context) ([]kvmaccess.Stats, error)
+	Watches(context.Context) ([]kvmaccess.WatchStats, error)
 	// Memory also reads what is not resident in the host.
 	Memory(kvmaccess.VM) guest.Memory
 	Close() error

@@ -128,6 +128,14 @@ func (m *fakeModule) StatsPerVM(context.Context) ([]kvmaccess.Stats, error) {
 	return []kvmaccess.Stats{{VM: m.VM.ID, Captures: 30, Worker: time.Millisecond}, {VM: 4, Ops: []kvmaccess.Op{}}}, nil
 }
 
+func (m *fakeModule) Watches(context.Context) ([]kvmaccess.WatchStats, error) {
+	return []kvmaccess.WatchStats{
+		{ID: 1, VM: m.VM.ID, Period: time.Second, Effective: time.Second, Items: 39, Bytes: 8056, Ticks: 100, Time: time.Millisecond, Events: 2},
+		{ID: 2, VM: 4, Period: 100 * time.Millisecond, Effective: 200 * time.Millisecond, Budget: 240 << 10, Items: 12, Digested: 20 << 20, Passes: 3,
+			Ticks: 400, Missed: 1, Late: 2, Time: time.Second, Lost: 1, Coalesced: 4, Different: 1, NotResident: 2},
+	}, nil
+}
+
 func (m *fakeModule) Memory(kvmaccess.VM) guest.Memory { return m.Machine.Memory }
 func (m *fakeModule) Close() error                     { return nil }
 

@@ -21,7 +21,8 @@ func (a *app) watch() *cobra.Command {
 		Use:   "watch [VM]",
 		Short: "Follow what the daemon finds",
 		Long: `Follow the findings of kvmaccessd, of all guests or of one, until interrupted.
-With -o json each is a line.`,
+With -o json each is a line. Whether the module compares the guests (kvmaccessd
+--mode watch) or the daemon does (--mode poll), they are the same.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			d, err := daemon.Dial(a.socket)

@@ -70,6 +70,9 @@ end it; baselines and findings outlast it.`,
 			if set("verify") {
 				settings.Verify = flags.Verify
 			}
+			if set("text") {
+				settings.Text = flags.Text
+			}
 			if set("mode") {
 				settings.Mode = daemon.Mode(mode)
 			}
@@ -115,6 +118,7 @@ end it; baselines and findings outlast it.`,
 	f.StringVar(&flags.Findings, "findings", "", fmt.Sprintf("`file` that findings are appended to, - for standard output (default %s in the state directory)", daemon.DefaultFindings))
 	f.DurationVar(&flags.Relist, "relist", flags.Relist, "`duration` from one listing of the VMs to the next, in case an event was lost")
 	f.DurationVar(&flags.Verify, "verify", flags.Verify, "`duration` in which all that guests' symbols and types were made of is looked at once, a little with each check")
+	f.DurationVar(&flags.Text, "text", flags.Text, "`duration` in which all of a guest's kernel code and read-only data is compared once, in watch mode; 0: not at all")
 	f.StringVar(&level, "log-level", "", "debug, info, warn or error (default info)")
 	return cmd
 }

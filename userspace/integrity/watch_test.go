@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: MIT
+
+package integrity
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
+)
+
+// registerOf is the value of a register that can be watched.
+func registerOf(v *kvmaccess.VCPU, r kvmaccess.Register) uint64 {
+	switch r {
+	case kvmaccess.RegisterCR0:
+		return v.CR0
+	case kvmaccess.RegisterCR4:
+		return v.CR4
+	case kvmaccess.RegisterEFER:
+		return v.EFER
+	case kvmaccess.RegisterGDTRBase:
+		return v.GDTR.Base
+	case kvmaccess.RegisterGDTRLimit:
+		return uint64(v.GDTR.Limit)
+	case kvmaccess.RegisterIDTRBase:
+		return v.IDTR.Base
+	case kvmaccess.RegisterIDTRLimit:
+		return uint64(v.IDTR.Limit)
+	case kvmaccess.RegisterTRBase:
+		return v.TR.Base
+	case kvmaccess.RegisterTRSelector:
+		return uint64(v.TR.Selector)
+	case kvmaccess.RegisterSTAR:
+		return v.STAR
+	case kvmaccess.RegisterLSTAR:
+		return v.LSTAR
+	case kvmaccess.RegisterCSTAR:
+		return v.CSTAR
+	case kvmaccess.RegisterSFMASK:
+		return v.SFMASK
+	case kvmaccess.RegisterSysenterCS:
+		return v.SysenterCS
+	case kvmaccess.RegisterSysenterESP:
+		return v.SysenterESP
+	case kvmaccess.RegisterSysenterEIP:
+		return v.SysenterEIP
+	}
+	panic(r)
+}
+
+// differing compares items with the guest, by the contract of the module
+// (kmod/uapi/kvmaccess.h, "Watches"), and returns the events that it would send.
+func (w *world) differing(list WatchList) []kvmaccess.WatchEvent {
+	w.t.Helper()
+	var events []kvmaccess.WatchEvent
+	for _, it := range list.Items {
+		mask := it.Mask
+		if mask == 0 {
+			mask = ^uint64(0)
+		}
+		e := kvmaccess.WatchEvent{State: kvmaccess.StateDifferent, Kind: it.Kind, GPA: it.GPA, Register: it.Register}
+		switch it.Kind {
+		case kvmaccess.KindRegister:
+			for i := range w.CPUs {
+				if it.VCPU != nil && *it.VCPU != w.CPUs[i].ID {
+					continue
+				}
+				if value := registerOf(&w.CPUs[i], it.Register); value&mask != it.Value {
+					e.VCPU, e.Data = w.CPUs[i].ID, binary.LittleEndian.AppendUint64(nil, value)
+					events = append(events, e)
+				}
+			}
+		case kvmaccess.KindEntry:
+			var p [8]byte
+			if err := w.pages.ReadPhysical(context.Background(), it.GPA, p[:]); err != nil {
+				w.t.Fatalf("%s: %v", it.What, err)
+			}
+			if it.GPA%8 != 0 || it.Value&^mask != 0 {
+				w.t.Errorf("%s: the module refuses %+v", it.What, it.Item)
+			}
+			if binary.LittleEndian.Uint64(p[:])&mask != it.Value {
+				e.Data = p[:]
+				events = append(events, e)
+			}
+		case kvmaccess.KindBytes:
+			p := make([]byte, len(it.Data))
+			if err := w.pages.ReadPhysical(context.Background(), it.GPA, p); err != nil {
+				w.t.Fatalf("%s: %v", it.What, err)
+			}
+			if it.GPA&4095+uint64(len(p)) > 4096 {
+				w.t.Errorf("%s: the module refuses %d bytes at %#x", it.What, len(p), it.GPA)
+			}
+			for i := range p {
+				if p[i] != it.Data[i] {
+					e.GPA, e.Data = it.GPA+uint64(i), p[i:min(len(p), i+kvmaccess.WatchEventBytes)]
+					events = append(events, e)
+					break
+				}
+			}
+		default:
+			w.t.Fatalf("an item of kind %v", it.Kind)
+		}
+	}
+	return events
+}
+
+func (w *world) items(m *Monitor) WatchList {
+	w.t.Helper()
+	list, err := m.WatchItems(context.Background())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return list
+}
+
+// Whatever a Monitor finds, an item differs that it gave before, and none of
+// those that it gives then; and so it is when the attack ends.
+func TestWatchItemsFollow(t *testing.T) {
+	for _, a := range attacks {
+		t.Run(a.name, func(t *testing.T) {
+			w := debian(t)
+			m := w.monitor(Options{Symbols: w.symbols, Ranges: entryRange, Settle: -1})
+			w.quiet(m)
+			before := w.items(m)
+			if e := w.differing(before); len(e) != 0 {
+				t.Fatalf("of a guest at rest: %+v", e)
+			}
+			undo := a.do(w)
+			if e := w.differing(before); len(e) == 0 {
+				t.Errorf("no item differs among %d", len(before.Items))
+			}
+			found := w.tick(m)
+			if len(a.changed) > 0 && len(found) == 0 {
+				t.Error("nothing is found")
+			}
+			if m.State() != StateWatching {
+				return
+			}
+			now := w.items(m)
+			if e := w.differing(now); len(e) != 0 {
+				t.Errorf("after it was seen: %+v", e)
+			}
+			undo()
+			if e := w.differing(now); len(e) == 0 {
+				t.Errorf("no item differs at the end of the attack, among %d", len(now.Items))
+			}
+			w.tick(m)
+			if diff := cmp.Diff(keysOf(before), keysOf(w.items(m))); diff != "" {
+				t.Errorf("after the attack the items are others: -before +after\n%s", diff)
+			}
+		})
+	}
+}
+
+func keysOf(list WatchList) []string {
+	var all []string
+	for i := range list.Items {
+		all = append(all, fmt.Sprintf("%+v", list.Items[i].Key()))
+	}
+	slices.Sort(all)
+	return all
+}
+
+// Items cover what a tick reads, in few pieces, however the guest is made.
+func TestWatchItems(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		world func() *world
+	}{
+		{"Debian 12", func() *world { return recorded(t, "debian12") }},
+		{"Debian 12, isolated, 5-level paging", func() *world { return debian(t) }},
+		{"made, 3 vCPUs", func() *world { return made(t, true, 0x1fe00000, 3) }},
+		{"made, 32-bit, 2 vCPUs", func() *world { return made(t, false, 0x400000, 2) }},
+	} {
+		for _, symbols := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, symbols %t", tt.name, symbols), func(t *testing.T) {
+				w := tt.world()
+				w.t = t
+				opts := Options{Settle: -1}
+				if symbols {
+					opts.Symbols = w.symbols
+				}
+				m := w.monitor(opts)
+				if list := w.items(m); len(list.Items) != 0 {
+					t.Errorf("items before there is a baseline: %+v", list)
+				}
+				w.quiet(m)
+				list := w.items(m)
+				size, entries, registers := 0, 0, 0
+				for i := range list.Items {
+					it := &list.Items[i]
+					size += len(it.Data)
+					switch {
+					case it.Kind == kvmaccess.KindEntry:
+						entries++
+						if !strings.HasPrefix(it.What, "page tables of ") || it.Mask&0x60 != 0 {
+							t.Errorf("%s: %+v", it.What, it.Item)
+						}
+					case it.Place().Register():
+						registers++
+					}
+				}
+				if size != m.Status().Bytes {
+					t.Errorf("%d bytes, a tick reads %d", size, m.Status().Bytes)
+				}
+				if n := len(watchedRegisters); registers < n || registers > n+8*(len(w.CPUs)-1) || entries < 2 || len(list.Items) > 128 {
+					t.Errorf("%d items, %d of them registers and %d page-table entries", len(list.Items), registers, entries)
+				}
+				if list.Again != 0 || len(w.differing(list)) != 0 {
+					t.Errorf("again in %v, %+v differ", list.Again, w.differing(list))
+				}
+				t.Logf("%d items: %d registers, %d page-table entries, %d bytes", len(list.Items), registers, entries, size)
+			})
+		}
+	}
+}
+
+// What a program may have as it likes is told apart from the rest of a GDT.
+func TestWatchItemsVolatile(t *testing.T) {
+	w := made(t, true, 0, 1)
+	m := w.monitor(Options{Symbols: w.symbols, Settle: -1})
+	w.quiet(m)
+	list := w.items(m)
+	w.put(descriptor(0, 12)(w), 0x00cff3000000ffff) // TLS
+	events := w.differing(list)
+	if len(events) != 1 {
+		t.Fatalf("%+v", events)
+	}
+	for i := range list.Items {
+		if it := &list.Items[i]; it.What == "gdt of vCPU 0" && it.GPA <= events[0].GPA && events[0].GPA < it.GPA+uint64(len(it.Data)) && len(it.Data) != 40 {
+			t.Errorf("it is %d bytes of the GDT", len(it.Data))
+		}
+	}
+	w.quiet(m)
+	if len(w.differing(w.items(m))) != 0 {
+		t.Error("after a round it is still not as expected")
+	}
+}
+
+// The way to what is watched is watched: a page that is put in its place.
+func TestWatchItemsRemap(t *testing.T) {
+	w := debian(t)
+	m := w.monitor(Options{Symbols: w.symbols, Settle: -1})
+	w.quiet(m)
+	list := w.items(m)
+	i := slices.IndexFunc(list.Items, func(it WatchItem) bool {
+		return it.Kind == kvmaccess.KindEntry && it.What == "page tables of "+tableSyscalls
+	})
+	if i < 0 {
+		t.Fatal("no page-table entry of the system call table")
+	}
+	var p [8]byte
+	if err := w.pages.ReadPhysical(t.Context(), list.Items[i].GPA, p[:]); err != nil {
+		t.Fatal(err)
+	}
+	entry := binary.LittleEndian.Uint64(p[:])
+	write := func(v uint64) {
+		w.pages.WritePhysical(list.Items[i].GPA, binary.LittleEndian.AppendUint64(nil, v))
+	}
+	write(entry ^ 0x60) // accessed and dirty
+	if e := w.differing(list); len(e) != 0 {
+		t.Errorf("accessed and dirty bits: %+v", e)
+	}
+	write(entry ^ 0x200000)
+	if e := w.differing(list); len(e) != 1 || e[0].GPA != list.Items[i].GPA {
+		t.Errorf("another page: %+v", e)
+	}
+}
+
+// A vCPU that comes up is told by its registers, and looked at again soon.
+func TestWatchItemsVCPU(t *testing.T) {
+	w := made(t, true, 0, 3)
+	up := w.CPUs[2]
+	w.CPUs[2].CR0, w.CPUs[2].Condition = 0x60000010, kvmaccess.ConditionNew
+	m := w.monitor(Options{Symbols: w.symbols, Settle: -1})
+	w.quiet(m)
+	list := w.items(m)
+	if e := w.differing(list); len(e) != 0 {
+		t.Errorf("before: %+v", e)
+	}
+	w.CPUs[2] = up
+	if e := w.differing(list); len(e) == 0 || slices.ContainsFunc(e, func(e kvmaccess.WatchEvent) bool { return e.VCPU != 2 }) {
+		t.Errorf("as it comes up: %+v", e)
+	}
+	w.tick(m)
+	if list = w.items(m); list.Again == 0 || len(w.differing(list)) != 0 {
+		t.Errorf("again %v, differing %+v", list.Again, w.differing(list))
+	}
+	w.quiet(m)
+	if list = w.items(m); list.Again != 0 || len(w.differing(list)) != 0 {
+		t.Errorf("when it has settled: again %v, differing %+v", list.Again, w.differing(list))
+	}
+	all := m.Accepted()
+	if len(all) != 1 || all[0].Rule != "vCPU up" || !strings.Contains(all[0].What, "vCPU 2") {
+		t.Errorf("accepted: %+v", all)
+	}
+}
+
+// A change that is undone before the round is found by its event.
+func TestSee(t *testing.T) {
+	for _, a := range attacks {
+		t.Run(a.name, func(t *testing.T) {
+			w := debian(t)
+			m := w.monitor(Options{Symbols: w.symbols, Ranges: entryRange, Settle: -1})
+			w.quiet(m)
+			list := w.items(m)
+			undo := a.do(w)
+			events := w.differing(list)
+			undo()
+			w.quiet(m)
+			var found []Finding
+			seen := false
+			for _, e := range events {
+				f, err := m.See(t.Context(), e)
+				if err != nil {
+					t.Fatal(err)
+				}
+				found = append(found, f...)
+				seen = seen || e.Kind != kvmaccess.KindEntry
+			}
+			// What lies elsewhere for a moment, and where a guest restarts, is
+			// beyond what an event tells.
+			if seen && len(a.changed) > 0 && len(found) == 0 && !strings.Contains(strings.Join(a.changed, ""), "restarted") {
+				t.Errorf("nothing was seen of %d events; a round finds %q", len(events), a.changed)
+			}
+			for _, f := range found {
+				if f.Kind == KindCleared {
+					t.Errorf("seen: %s", f.Message)
+				}
+			}
+			cleared := w.tick(m)
+			if m.State() == StateWatching && m.Status().Open != 0 {
+				t.Errorf("still open after a round: %q", texts(m.Findings()))
+			}
+			if len(found) > 0 && m.State() == StateWatching && len(cleared) == 0 {
+				t.Errorf("not cleared: %q", texts(found))
+			}
+			w.quiet(m)
+		})
+	}
+}
+
+// memoryScratch is a Scratch in memory.
+type memoryScratch struct{ data []byte }
+
+func (s *memoryScratch) ReadAt(p []byte, at int64) (int, error) {
+	if at >= int64(len(s.data)) {
+		return 0, io.EOF
+	}
+	n := copy(p, s.data[at:])
+	if n < len(p) {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func (s *memoryScratch) WriteAt(p []byte, at int64) (int, error) {
+	if grow := at + int64(len(p)) - int64(len(s.data)); grow > 0 {
+		s.data = append(s.data, make([]byte, grow)...)
+	}
+	return copy(s.data[at:], p), nil
+}
+
+func (s *memoryScratch) Truncate(n int64) error {
+	s.data = s.data[:n]
+	return nil
+}
+
+func TestNoText(t *testing.T) {
+	w := debian(t)
+	m := w.monitor(Options{Symbols: w.symbols, Settle: -1, Scratch: &memoryScratch{}})
+	d := kvmaccess.NewDigester(kvmaccess.WatchKey{1})
+	if look, err := m.StartText(d); look != nil || err != nil {
+		t.Errorf("before there is a baseline: %v, %v", look, err)
+	}
+	w.quiet(m)
+	if _, err := m.StartText(d); !errors.Is(err, ErrNoText) {
+		t.Errorf("with symbols of a file: %v, want %v", err, ErrNoText)
+	}
+	if list := m.WatchText(); len(list.Items) != 0 {
+		t.Errorf("%+v", list)
+	}
+}
+
+// codeWorld is a kernel of whose code some pages are there.
+func codeWorld(t *testing.T) (*world, *Code, *guest.Kernel) {
+	w := made(t, true, 0, 1)
+	mode := guest.ModeOf(&w.CPUs[0].Registers)
+	k := &guest.Kernel{Space: &guest.Space{Memory: w.pages, Mode: mode, Root: w.root()}, Image: w.image}
+	start := w.at("_stext") &^ 4095
+	k.Text = guest.Extent{Start: start, End: start + 64<<12}
+	for gva := start; gva < k.Text.End; gva += 4096 {
+		tr, err := guest.Translate(t.Context(), w.pages, mode, k.Space.Root, gva)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.pages.WritePhysical(tr.GPA, bytes.Repeat([]byte{byte(gva >> 12), 0x90}, 2048))
+	}
+	c := &Code{key: "this kernel", areas: []area{{"text", k.Text}}, size: k.Text.Size()}
+	return w, c, k
+}
+
+// The copy is of one kernel, and pages that change are told by their digests.
+func TestCodeLook(t *testing.T) {
+	w, c, k := codeWorld(t)
+	s, d := &memoryScratch{}, kvmaccess.NewDigester(kvmaccess.WatchKey{7})
+	look := func(want ...uint64) {
+		t.Helper()
+		changed, err := c.look(t.Context(), k, s, d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, changed); diff != "" {
+			t.Errorf("changed pages: -want +got\n%s", diff)
+		}
+	}
+	if c.isTaken(s) {
+		t.Error("an empty copy is taken for one")
+	}
+	look()
+	if !c.isTaken(s) {
+		t.Error("the copy is not known again")
+	}
+	if other := (&Code{key: "that kernel", size: c.size}); other.isTaken(s) {
+		t.Error("the copy is taken for that of another kernel")
+	}
+	before := slices.Clone(c.pages)
+	at := k.Text.Start + 0x3010
+	old := w.put(at, 0x1122334455667788)
+	look(k.Text.Start + 0x3000)
+	for i := range c.pages {
+		if (c.pages[i].digest != before[i].digest) != (i == 3) {
+			t.Errorf("page %d has digest %#x, before %#x", i, c.pages[i].digest, before[i].digest)
+		}
+	}
+	w.put(at, old)
+	look()
+	s.data = s.data[:len(s.data)-1]
+	if c.isTaken(s) {
+		t.Error("a copy that ends too soon is taken for one")
+	}
+}
