@@ -19,7 +19,7 @@ import (
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/monitor"
 )
 
-// ownedBy are the module's watches of a VM.
+// watchesOf are the module's watches of a VM.
 func watchesOf(t *testing.T, c *kvmaccess.Client, vm kvmaccess.VMID) []kvmaccess.WatchStats {
 	t.Helper()
 	all, err := c.Watches(testContext(t))
@@ -117,7 +117,10 @@ func TestWatchModeKilled(t *testing.T) {
 // processors.
 func TestWatchModeLawful(t *testing.T) {
 	ctx := testContext(t)
-	g := startGuest(t, fixture.Config{Name: "lawful", CPUs: 2})
+	g, err := fixture.Start(ctx, fixture.Config{Name: "lawful", CPUs: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		if err := g.Kill(); err != nil {
 			t.Error(err)
@@ -125,6 +128,9 @@ func TestWatchModeLawful(t *testing.T) {
 	})
 	d := startDaemon(t, t.TempDir(), "--period", "20ms")
 	watching(t, d, g.Name)
+	if err := g.LoadProbe(ctx); err != nil {
+		t.Fatal(err)
+	}
 	for range 3 {
 		for _, online := range []string{"0", "1"} {
 			if err := g.Write(ctx, "/sys/devices/system/cpu/cpu1/online", []byte(online)); err != nil {
@@ -269,6 +275,66 @@ func TestWatchModeCode(t *testing.T) {
 	}
 	if err := d.Stop(ctx); err != nil {
 		t.Error(err)
+	}
+}
+
+// A CPU budget chooses periods, and others when another VM comes.
+func TestWatchModeBudget(t *testing.T) {
+	ctx := testContext(t)
+	web := sharedGuest(t, "web1")
+	d := startDaemon(t, t.TempDir(), "--cpu-budget", "1%", "--symbols", symbolFile(t, web))
+	watching(t, d, web.Name)
+	chosen := func(vms int, names ...string) daemon.BudgetStatus {
+		t.Helper()
+		var b daemon.BudgetStatus
+		eventually(t, time.Minute, func() error {
+			s, err := d.Client.Stats(ctx)
+			if err != nil {
+				return err
+			}
+			if b = *s.Budget; b.VMs < vms || b.Cost > b.Share && b.Fits {
+				return fmt.Errorf("the budget for %d VMs: %+v", vms, b)
+			}
+			for _, vm := range s.VMs {
+				if vm.Watch.Period != b.Period || vm.Period != b.Period {
+					return fmt.Errorf("%s is watched every %v (%v), %+v is chosen", vm.Name, vm.Watch.Period, vm.Period, b)
+				}
+			}
+			return nil
+		})
+		t.Logf("%d VMs: %+v", vms, b)
+		return b
+	}
+	chosen(1)
+	// Until it has measured more than the first ticks.
+	time.Sleep(10 * time.Second)
+	one := chosen(1)
+	g := startGuest(t, fixture.Config{Name: "second"})
+	watching(t, d, g.Name)
+	chosen(one.VMs + 1)
+	time.Sleep(10 * time.Second)
+	two := chosen(one.VMs + 1)
+	if two.Period <= one.Period {
+		t.Errorf("for %d VMs the period is %v, for %d %v", one.VMs, one.Period, two.VMs, two.Period)
+	}
+	if err := g.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, time.Minute, func() error {
+		s, err := d.Client.Stats(ctx)
+		if err == nil && (s.Budget.VMs != one.VMs || s.Budget.Period >= two.Period) {
+			err = fmt.Errorf("after the second VM's end: %+v", s.Budget)
+		}
+		return err
+	})
+	if all := findings(t, d, daemon.Query{}); len(all) != 0 {
+		t.Errorf("findings on honest guests: %+v", all)
+	}
+	if err := d.Stop(ctx); err != nil {
+		t.Error(err)
+	}
+	if said := d.Output(); !strings.Contains(said, "chosen by the CPU budget") {
+		t.Errorf("the daemon does not say what it chose:\n%s", said)
 	}
 }
 

@@ -124,7 +124,35 @@ func (d *demo) startMonitor(ctx context.Context) error {
 	if d.daemon, err = monitor.Start(ctx, d.dir, "--period", period.String(), "--symbols", d.symbols()); err != nil {
 		return err
 	}
-	return d.daemon.Watching(ctx, d.web.Name, d.db.Name)
+	if err := d.daemon.Watching(ctx, d.web.Name, d.db.Name); err != nil {
+		return err
+	}
+	return d.showWatches(ctx)
+}
+
+// showWatches says what the module compares by itself.
+func (d *demo) showWatches(ctx context.Context) error {
+	for {
+		vms, err := d.daemon.Client.VMs(ctx)
+		if err != nil {
+			return err
+		}
+		up := 0
+		for _, vm := range vms {
+			if vm.Watch != nil && vm.Watch.Ticks > 0 {
+				up++
+			}
+		}
+		if up == 2 {
+			for _, vm := range vms {
+				d.line("%s: mode %s: every %v the module compares %d items in place, %d bytes and registers", vm.Name, vm.Mode, vm.Watch.Effective, vm.Watch.Items, vm.Watch.Bytes)
+			}
+			return nil
+		}
+		if err := pause(ctx); err != nil {
+			return err
+		}
+	}
 }
 
 // kvmaccess runs the program, shows the first lines that it prints (0: all)
@@ -202,7 +230,13 @@ func (d *demo) stayQuiet(ctx context.Context) error {
 	if len(all) > 0 {
 		return fmt.Errorf("%d findings on honest guests: %s", len(all), all[0].Message)
 	}
-	d.line("none")
+	vms, err := d.daemon.Client.VMs(ctx)
+	if err != nil {
+		return err
+	}
+	for _, vm := range vms {
+		d.line("%s: none; so far %d ticks of the module, and %d looks of the daemon", vm.Name, vm.Watch.Ticks, vm.Ticks)
+	}
 	return nil
 }
 
