@@ -70,7 +70,7 @@ help: ## say what there is
 	@echo 'HOST=here       test, demo: on this machine; it must load modules and have working KVM'
 	@echo 'SUITE, VENDOR   test, demo: on that emulated host alone: bookworm, trixie or sid; svm or vmx'
 	@echo 'SAMPLES         test: captures of each known guest under each kind of stress; test-all: 1400'
-	@echo 'QUICK=1         bench: a few minutes instead of forty'
+	@echo 'QUICK=1         bench, bench-watch, bench-scale, bench-peers: a few minutes each'
 	@echo 'DKMS=1          install: the module by DKMS, for this kernel and each that comes'
 	@echo 'KERNEL, KDIR    kmod, install: for that kernel ($(KERNEL)), by that build directory'
 	@echo 'PREFIX, DESTDIR install: below $$DESTDIR$$PREFIX ($(PREFIX)), by default of this machine'
@@ -218,6 +218,18 @@ snapshots: fixture ## record anew the guests that unit tests read (golden files 
 .PHONY: bench-attach
 bench-attach: deps ## measure what it takes to attach to guests of each kernel; leaves results/attach
 	go run ./bench/cmd/benchattach
+
+.PHONY: bench-watch
+bench-watch: deps ## measure what watches in the kernel cost, and how soon they find a change; leaves results/watch
+	go run ./bench/cmd/benchwatch $(if $(QUICK),-quick)
+
+.PHONY: bench-scale
+bench-scale: deps ## measure what watching up to 1,000 VMs costs; leaves results/scale
+	go run ./bench/cmd/benchscale $(if $(QUICK),-quick)
+
+.PHONY: bench-peers
+bench-peers: deps ## measure what other ways to look at a guest cost; leaves results/peers
+	go run ./bench/cmd/benchpeers $(if $(QUICK),-quick)
 
 .PHONY: install
 install: built $(if $(DKMS),dkms-install,module-install) ## install what "make" built: module, programs, completions, service

@@ -96,8 +96,8 @@ func Summarize(clock Clock, r *Run) ([]Row, error) {
 				return nil, err
 			}
 			// A method that a few captures were taken by has no interval, but a range.
-			st, err := overhead.Summarize(pick(samples, part.of))
-			if err != nil && !errors.Is(err, overhead.ErrTooFew) {
+			st, err := overhead.Spread(pick(samples, part.of))
+			if err != nil {
 				return nil, fmt.Errorf("%v by %v: %w", k.Condition, k.Method, err)
 			}
 			*part.to = Cost{Median: st.Median / u, Low: st.Low / u, High: st.High / u}

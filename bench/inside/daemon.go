@@ -33,6 +33,7 @@ const (
 
 // daemonRun is one run of kvmaccessd, at one period.
 type daemonRun struct {
+	mode    daemon.Mode
 	dir     string // its own; made by start
 	symbols string // file with the guest's symbols
 	period  time.Duration
@@ -51,7 +52,8 @@ func (d *daemonRun) start(ctx context.Context) error {
 		return err
 	}
 	config := daemon.Default()
-	config.Period = d.period
+	config.Mode, config.Period = d.mode, d.period
+	config.Text = 0 // none of the five kinds of objects
 	config.Socket = filepath.Join(d.dir, "socket")
 	config.StateDir = filepath.Join(d.dir, "state")
 	config.Symbols = d.symbols
@@ -117,11 +119,11 @@ func (d *daemonRun) watching(ctx context.Context) error {
 		if vm.Findings != 0 {
 			return fmt.Errorf("%d findings on a guest that nobody attacks", vm.Findings)
 		}
-		if vm.Ticks > 0 {
+		if ticksOf(vm.Account, vm.Watch) > 0 {
 			break
 		}
 	}
-	if err := pause(ctx, settle); err != nil {
+	if err := Pause(ctx, settle); err != nil {
 		return err
 	}
 	return d.betweenTicks(ctx)
@@ -130,15 +132,13 @@ func (d *daemonRun) watching(ctx context.Context) error {
 // betweenTicks returns a good while before the next check, where checks are
 // rare enough for it to matter in which window one falls.
 func (d *daemonRun) betweenTicks(ctx context.Context) error {
-	if d.period < 50*time.Millisecond {
-		return nil
-	}
+	// The first request takes more than those to come.
 	first, err := d.stats(ctx)
-	if err != nil {
+	if err != nil || d.period < 50*time.Millisecond {
 		return err
 	}
 	for {
-		if err := pause(ctx, d.period/20); err != nil {
+		if err := Pause(ctx, d.period/20); err != nil {
 			return err
 		}
 		now, err := d.stats(ctx)
@@ -146,7 +146,7 @@ func (d *daemonRun) betweenTicks(ctx context.Context) error {
 			return err
 		}
 		if now.Ticks != first.Ticks {
-			return pause(ctx, d.period/4)
+			return Pause(ctx, d.period/4)
 		}
 		if now.Time-first.Time > 3*d.period {
 			return fmt.Errorf("no check in %v", now.Time-first.Time)
@@ -162,7 +162,27 @@ func (d *daemonRun) stats(ctx context.Context) (daemon.Stats, error) {
 	if err != nil && limited.Err() != nil {
 		err = context.Cause(limited)
 	}
+	if err == nil && d.mode == daemon.ModeWatch {
+		// The checks are the module's; the daemon's own ticks are few.
+		stats.Ticks, stats.Missed = 0, 0
+		for _, vm := range stats.VMs {
+			if vm.Watch == nil {
+				return stats, fmt.Errorf("it does not watch VM %s by the module", vm.Name)
+			}
+			stats.Ticks += vm.Watch.Ticks
+			stats.Missed += vm.Watch.Missed
+			stats.TickMax = max(stats.TickMax, vm.Watch.Longest)
+		}
+	}
 	return stats, err
+}
+
+// ticksOf is how often a VM was checked, by the daemon or by the module.
+func ticksOf(a daemon.Account, watch *daemon.WatchAccount) uint64 {
+	if watch != nil {
+		return watch.Ticks
+	}
+	return a.Ticks
 }
 
 // look asks the daemon for its account.

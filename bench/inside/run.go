@@ -34,7 +34,7 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	if err := LoadModule(); err != nil {
 		return err
 	}
-	about, err := describe()
+	about, err := Describe()
 	if err != nil {
 		return err
 	}
@@ -65,16 +65,16 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 	if err := os.WriteFile(symbols, brief(text), 0o600); err != nil {
 		return err
 	}
-	loops, err := startSoakers()
+	loops, err := StartSoakers()
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, loops.stop()) }()
+	defer func() { err = errors.Join(err, loops.Stop()) }()
 
 	if err := emit(Message{Guest: true}); err != nil {
 		return err
 	}
-	if err := pause(ctx, warmUp); err != nil {
+	if err := Pause(ctx, warmUp); err != nil {
 		return err
 	}
 	steps := plan.Steps()
@@ -85,7 +85,7 @@ func Run(ctx context.Context, plan sample.Plan, log *slog.Logger, emit func(Mess
 		if i < plan.Done {
 			continue
 		}
-		d := &daemonRun{dir: filepath.Join(dir, fmt.Sprint("sample-", i+1)), symbols: symbols, period: step.Period}
+		d := &daemonRun{mode: plan.Mode, dir: filepath.Join(dir, fmt.Sprint("sample-", i+1)), symbols: symbols, period: step.Period}
 		s, err := take(ctx, plan, step, d, loops)
 		if err != nil {
 			return fmt.Errorf("repetition %d at %v: %w", step.Repetition, step.Period, err)
@@ -114,9 +114,9 @@ const (
 )
 
 // take takes one sample.
-func take(ctx context.Context, plan sample.Plan, step sample.Step, d *daemonRun, loops soakers) (_ *sample.Sample, err error) {
+func take(ctx context.Context, plan sample.Plan, step sample.Step, d *daemonRun, loops Soakers) (_ *sample.Sample, err error) {
 	s := &sample.Sample{Clock: plan.Clock, Repetition: step.Repetition, Period: step.Period, CPUs: len(loops)}
-	if s.Off, err = loops.window(ctx, step.Window()/2); err != nil {
+	if s.Off, err = Window(ctx, loops.Count, step.Window()/2); err != nil {
 		return nil, err
 	}
 	if err := d.start(ctx); err != nil {
@@ -131,13 +131,13 @@ func take(ctx context.Context, plan sample.Plan, step sample.Step, d *daemonRun,
 	if err != nil {
 		return nil, err
 	}
-	if err := pause(ctx, margin); err != nil {
+	if err := Pause(ctx, margin); err != nil {
 		return nil, err
 	}
-	if s.On, err = loops.window(ctx, step.Window()); err != nil {
+	if s.On, err = Window(ctx, loops.Count, step.Window()); err != nil {
 		return nil, err
 	}
-	if err := pause(ctx, margin); err != nil {
+	if err := Pause(ctx, margin); err != nil {
 		return nil, err
 	}
 	after, err := d.look(ctx)
@@ -154,10 +154,10 @@ func take(ctx context.Context, plan sample.Plan, step sample.Step, d *daemonRun,
 	if err := d.stop(ctx); err != nil {
 		return nil, err
 	}
-	if err := pause(ctx, rest); err != nil {
+	if err := Pause(ctx, rest); err != nil {
 		return nil, err
 	}
-	off, err := loops.window(ctx, step.Window()/2)
+	off, err := Window(ctx, loops.Count, step.Window()/2)
 	if err != nil {
 		return nil, err
 	}
@@ -179,7 +179,8 @@ func brief(list []byte) []byte {
 	return out
 }
 
-func pause(ctx context.Context, length time.Duration) error {
+// Pause lets a time pass.
+func Pause(ctx context.Context, length time.Duration) error {
 	select {
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -188,7 +189,8 @@ func pause(ctx context.Context, length time.Duration) error {
 	}
 }
 
-func describe() (*Host, error) {
+// Describe describes the host that this runs on.
+func Describe() (*Host, error) {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return nil, fmt.Errorf("uname: %w", err)

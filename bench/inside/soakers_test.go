@@ -10,15 +10,15 @@ import (
 )
 
 func TestWindow(t *testing.T) {
-	loops, err := startSoakers()
+	loops, err := StartSoakers()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer loops.stop()
+	defer loops.Stop()
 	// How long it takes to wake up is the machine's affair, and whether a loop
 	// of the lowest priority gets any time: it gets some in the end.
 	for length, counted := 50*time.Millisecond, false; !counted; length *= 2 {
-		w, err := loops.window(t.Context(), length)
+		w, err := Window(t.Context(), loops.Count, length)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -30,7 +30,7 @@ func TestWindow(t *testing.T) {
 	ended := errors.New("ended")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(ended)
-	if _, err := loops.window(ctx, time.Hour); !errors.Is(err, ended) {
+	if _, err := Window(ctx, loops.Count, time.Hour); !errors.Is(err, ended) {
 		t.Errorf("a window that was given up: %v", err)
 	}
 }

@@ -21,6 +21,9 @@ var programs = []string{
 	module + "/bench/cmd/benchinside",
 	module + "/bench/cmd/benchcapture",
 	module + "/bench/cmd/benchattach",
+	module + "/bench/cmd/benchwatch",
+	module + "/bench/cmd/benchscale",
+	module + "/bench/cmd/benchpeers",
 }
 
 // Build builds the programs of a run into a directory, statically: they run in

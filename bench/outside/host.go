@@ -30,7 +30,7 @@ const wallNice = -10
 // is still to be done, maxRestarts times. Each is given twice as long as the
 // one before, in case this machine is merely slow.
 const (
-	stallLimit  = 45 * time.Second
+	stallLimit  = 75 * time.Second
 	maxRestarts = 5
 )
 

@@ -19,10 +19,10 @@ const Confidence = 0.95
 
 // Statistic is a median with its interval.
 type Statistic struct {
-	Median float64
-	Low    float64 // of the interval, at least at the level Confidence
-	High   float64
-	N      int
+	Median float64 `json:"median"`
+	Low    float64 `json:"low"` // of the interval, at least at the level Confidence
+	High   float64 `json:"high"`
+	N      int     `json:"n"`
 }
 
 // ErrTooFew says that an interval cannot be had from so few values.
@@ -50,4 +50,14 @@ func Summarize(values []float64) (Statistic, error) {
 		return s, fmt.Errorf("%w: %d", ErrTooFew, len(values))
 	}
 	return s, nil
+}
+
+// Spread is Summarize for any number of values but none: too few have their
+// range for an interval.
+func Spread(values []float64) (Statistic, error) {
+	s, err := Summarize(values)
+	if errors.Is(err, ErrTooFew) && len(values) > 0 {
+		err = nil
+	}
+	return s, err
 }

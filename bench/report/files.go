@@ -4,10 +4,12 @@ package report
 
 import (
 	"bytes"
+	"context"
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +17,7 @@ import (
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/bench/sample"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
 )
 
 // Names of the files that WriteFiles writes.
@@ -85,17 +88,20 @@ func CSV(name string, rows [][]string) File {
 
 // Origin is where the numbers of a report come from.
 type Origin struct {
-	Command string
-	Date    string // UTC
-	Machine Machine
+	Command string  `json:"command"`
+	Date    string  `json:"date"` // UTC
+	Machine Machine `json:"machine"`
 }
 
-// ThisRun is the Origin of a run of ./bench/cmd/NAME with these arguments that
-// begins now.
-func ThisRun(name string, args []string) Origin {
-	return Origin{
+// ThisRun is the Origin of a run of ./bench/cmd/NAME with these arguments, on
+// hosts that QEMU emulates, that begins now.
+func ThisRun(ctx context.Context, log *slog.Logger, name string, args []string) (Origin, error) {
+	o := Origin{
 		Command: strings.Join(append([]string{"go run ./bench/cmd/" + name}, args...), " "),
 		Date:    time.Now().UTC().Format(time.DateOnly),
 		Machine: ThisMachine(),
 	}
+	var err error
+	o.Machine.Emulator, err = host.QEMUVersion(ctx, log)
+	return o, err
 }

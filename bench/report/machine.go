@@ -13,13 +13,13 @@ import (
 
 // Machine is what a run was made on.
 type Machine struct {
-	Processor string // of the machine that emulates
-	CPUs      int    // of it
-	System    string // of it
-	Emulator  string
-	Kernel    string // of the emulated host and its guest
-	Go        string
-	Revision  string // of KvmAccess, by git
+	Processor string `json:"processor"` // of the machine that emulates
+	CPUs      int    `json:"cpus"`      // of it
+	System    string `json:"system"`    // of it
+	Emulator  string `json:"emulator"`
+	Kernel    string `json:"kernel,omitempty"` // of the emulated host and its guest
+	Go        string `json:"go"`
+	Revision  string `json:"revision"` // of KvmAccess, by git
 }
 
 // ThisMachine describes the machine that this runs on, but for the Emulator

@@ -5,6 +5,8 @@ package sample
 import (
 	"math/rand/v2"
 	"time"
+
+	"github.com/kvmaccess/kvmaccess/userspace/daemon"
 )
 
 // MemoryRange is how much guest memory each check compares beside the tables,
@@ -28,6 +30,7 @@ var Periods = []time.Duration{
 
 // Plan says which samples to take.
 type Plan struct {
+	Mode        daemon.Mode     `json:"mode"` // of the daemon
 	Clock       Clock           `json:"clock"`
 	Periods     []time.Duration `json:"periods_ns"`
 	Repetitions int             `json:"repetitions"`

@@ -46,20 +46,22 @@ var setup = []byte{
 // jnsEnd is the offset in setup of the instruction after "jns loop".
 const jnsEnd = 46
 
+// Loop is the counting loop, which counts in the 8 bytes that RDI points to. It
+// runs wherever it lies.
+func Loop() []byte {
+	loop := []byte{0x48, 0xff, 0x07} // inc qword [rdi]
+	for range LoopInstructions - 2 {
+		loop = append(loop, 0x90) // nop
+	}
+	loop = append(loop, 0xe9) // jmp to the start
+	return binary.LittleEndian.AppendUint32(loop, uint32(-int32(len(loop)+4)))
+}
+
 // Image returns the program as a static ELF64 executable for x86-64 Linux: no
 // C library, no runtime, no other thread, no system call once it counts. It
 // expects the file to count in as descriptor 3.
 func Image() []byte {
-	loop := new(bytes.Buffer)
-	loop.Write([]byte{0x48, 0xff, 0x07}) // inc qword [rdi]
-	for range LoopInstructions - 2 {
-		loop.WriteByte(0x90) // nop
-	}
-	loop.WriteByte(0xe9) // jmp loop
-	binary.Write(loop, binary.LittleEndian, -int32(loop.Len()+4))
-
-	image := make([]byte, loopOffset, loopOffset+loop.Len())
-	image = append(image, loop.Bytes()...)
+	image := append(make([]byte, loopOffset), Loop()...)
 	code := image[headerSize:]
 	copy(code, setup)
 	binary.LittleEndian.PutUint32(code[jnsEnd-4:], uint32(loopOffset-headerSize-jnsEnd))

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/bench/sample"
+	"github.com/kvmaccess/kvmaccess/userspace/daemon"
 )
 
 // mode is how thoroughly to measure.
@@ -19,9 +20,9 @@ type mode struct {
 var (
 	// full is within 40 minutes on two cores.
 	full = mode{
-		claim: sample.Plan{Clock: sample.Icount, Periods: sample.Periods,
+		claim: sample.Plan{Mode: daemon.ModePoll, Clock: sample.Icount, Periods: sample.Periods,
 			Repetitions: 12, MinTicks: 10, MaxTicks: 1000, Window: 10 * time.Second},
-		check: sample.Plan{Clock: sample.Wall, Periods: sample.Periods,
+		check: sample.Plan{Mode: daemon.ModePoll, Clock: sample.Wall, Periods: sample.Periods,
 			Repetitions: 10, MinTicks: 10, MaxTicks: 1000, Window: 2 * time.Second},
 		timeout: 25 * time.Minute,
 	}
@@ -29,16 +30,16 @@ var (
 	// instruction clock, so that the claim has all periods here too.
 	fast = mode{
 		quick: true,
-		claim: sample.Plan{Clock: sample.Icount, Periods: sample.Periods,
+		claim: sample.Plan{Mode: daemon.ModePoll, Clock: sample.Icount, Periods: sample.Periods,
 			Repetitions: 7, MinTicks: 10, MaxTicks: 300, Window: 3 * time.Second},
-		check: sample.Plan{Clock: sample.Wall, Periods: []time.Duration{100 * time.Millisecond, 20 * time.Millisecond},
+		check: sample.Plan{Mode: daemon.ModePoll, Clock: sample.Wall, Periods: []time.Duration{100 * time.Millisecond, 20 * time.Millisecond},
 			Repetitions: 6, MinTicks: 10, MaxTicks: 500, Window: time.Second},
 		timeout: 10 * time.Minute,
 	}
 	// short is for a demonstration.
 	short = mode{
 		quick: true,
-		claim: sample.Plan{Clock: sample.Icount,
+		claim: sample.Plan{Mode: daemon.ModePoll, Clock: sample.Icount,
 			Periods:     []time.Duration{time.Second, 100 * time.Millisecond, 10 * time.Millisecond, time.Millisecond},
 			Repetitions: 6, MinTicks: 10, MaxTicks: 200, Window: 5 * time.Second},
 		timeout: 5 * time.Minute,

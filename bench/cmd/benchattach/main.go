@@ -23,7 +23,6 @@ import (
 	"github.com/kvmaccess/kvmaccess/bench/outside"
 	"github.com/kvmaccess/kvmaccess/bench/report"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/cache"
-	"github.com/kvmaccess/kvmaccess/vm-fixtures/host"
 )
 
 func main() {
@@ -60,16 +59,17 @@ func main() {
 func measure(ctx context.Context, out, suite, kernels string, n, every, ways int) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	start := time.Now()
-	rep := &attach.Report{Origin: report.ThisRun("benchattach", os.Args[1:])}
+	rep := new(attach.Report)
+	var err error
+	if rep.Origin, err = report.ThisRun(ctx, log, "benchattach", os.Args[1:]); err != nil {
+		return err
+	}
 	h, err := outside.NewHost(ctx, log, 2*time.Hour, "--suite", suite, "--cpu", "max", "--guest", kernels)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
 	h.Stall = h.Timeout // by the wall's clock, hosts do not stand still
-	if rep.Machine.Emulator, err = host.QEMUVersion(ctx, log); err != nil {
-		return err
-	}
 	before, err := load()
 	if err != nil {
 		return err

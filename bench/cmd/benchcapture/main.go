@@ -52,7 +52,11 @@ func main() {
 func measure(ctx context.Context, out, suite string, n int) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	start := time.Now()
-	rep := &capture.Report{Origin: report.ThisRun("benchcapture", os.Args[1:])}
+	rep := new(capture.Report)
+	var err error
+	if rep.Origin, err = report.ThisRun(ctx, log, "benchcapture", os.Args[1:]); err != nil {
+		return err
+	}
 	h, err := outside.NewHost(ctx, log, 15*time.Minute)
 	if err != nil {
 		return err
