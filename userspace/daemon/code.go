@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
@@ -170,7 +172,10 @@ func (k *keeper) lookAtCode(ctx context.Context) outcome {
 		return k.watchCode(ctx)
 	}
 	c.due = false
-	look, err := k.monitor.StartText(c.digester)
+	look, err := k.monitor.StartText(ctx, c.digester)
+	if err == nil && look != nil {
+		err = roomForCode(k.scratch)
+	}
 	switch {
 	case err != nil:
 		c.fail(k.log, err)
@@ -180,7 +185,16 @@ func (k *keeper) lookAtCode(ctx context.Context) outcome {
 	}
 	running, cancel := context.WithCancel(ctx)
 	c.look = &codeLook{look, cancel, now}
-	go func() { c.done <- look.Run(running) }()
+	go func() {
+		select {
+		case c.guard.watches.looks <- struct{}{}:
+			err := look.Run(running)
+			<-c.guard.watches.looks
+			c.done <- err
+		case <-running.Done():
+			c.done <- running.Err()
+		}
+	}()
 	return outcomeNone
 }
 
@@ -224,7 +238,11 @@ func (c *codeWatch) fail(log *slog.Logger, err error) {
 	c.guard.close()
 	c.list = nil
 	c.say(log, 0, err.Error())
-	if !errors.Is(err, integrity.ErrNoText) {
+	switch {
+	case errors.Is(err, integrity.ErrNoText):
+	case errors.Is(err, integrity.ErrTextWritable):
+		c.due, c.notBefore = true, time.Now().Add(writableAgain)
+	default:
 		c.due, c.notBefore = true, time.Now().Add(verifyEvery)
 	}
 }
@@ -249,6 +267,29 @@ func (k *keeper) watchCode(ctx context.Context) outcome {
 	}
 	c.say(k.log, pass, "")
 	return outcomeNone
+}
+
+// writableAgain is how soon a kernel that still boots is looked at again.
+const writableAgain = 2 * time.Second
+
+// codeRoom is how many bytes the copies of kernels' code leave free on the disk:
+// findings have to have room.
+const codeRoom = 64 << 20
+
+// roomForCode says whether there is room for a copy, or already is one.
+func roomForCode(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil || info.Size() > 0 {
+		return err
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil {
+		return fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	if free := fs.Bavail * uint64(fs.Bsize); fs.Blocks > 0 && free < codeRoom {
+		return fmt.Errorf("the kernel's code is not compared: %s has no room for a copy of it (%d MiB free, %d are to stay so): make room, or start with --text 0", filepath.Dir(f.Name()), free>>20, codeRoom>>20)
+	}
+	return nil
 }
 
 // codeDir is where the copies of kernels' code are, one file for each VM.

@@ -405,7 +405,7 @@ func (m *fakeMonitor) See(_ context.Context, e kvmaccess.WatchEvent) ([]integrit
 	return []integrity.Finding{f}, nil
 }
 
-func (m *fakeMonitor) StartText(*kvmaccess.Digester) (*integrity.TextLook, error) {
+func (m *fakeMonitor) StartText(context.Context, *kvmaccess.Digester) (*integrity.TextLook, error) {
 	return nil, integrity.ErrNoText
 }
 

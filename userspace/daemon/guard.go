@@ -251,17 +251,13 @@ func (g *guard) quiet(list []integrity.WatchItem, now time.Time) []integrity.Wat
 	return out
 }
 
-// vain takes down that an event led to nothing. It returns true if the place is
-// left to rounds from now on.
-func (g *guard) vain(e kvmaccess.WatchEvent, now time.Time) bool {
-	_, k, ok := g.find(e)
-	if !ok {
-		return false
-	}
-	n := g.noise[k.WatchPlace]
+// vain takes down that an event of a place led to nothing. It returns true if
+// the place is left to rounds from now on.
+func (g *guard) vain(p integrity.WatchPlace, now time.Time) bool {
+	n := g.noise[p]
 	if n == nil {
 		n = &noise{since: now}
-		g.noise[k.WatchPlace] = n
+		g.noise[p] = n
 	}
 	if now.Sub(n.since) > noiseTime {
 		n.count, n.since = 0, now
@@ -274,7 +270,7 @@ func (g *guard) vain(e kvmaccess.WatchEvent, now time.Time) bool {
 	return true
 }
 
-// restless is until when the first of the places that are left to rounds is;
+// restlessUntil is until when the first of the places that are left to rounds is;
 // zero: there is none.
 func (g *guard) restlessUntil(now time.Time) time.Time {
 	var first time.Time

@@ -56,7 +56,7 @@ type monitor interface {
 	// For the watch mode.
 	WatchItems(ctx context.Context) (integrity.WatchList, error)
 	See(ctx context.Context, e kvmaccess.WatchEvent) ([]integrity.Finding, error)
-	StartText(d *kvmaccess.Digester) (*integrity.TextLook, error)
+	StartText(ctx context.Context, d *kvmaccess.Digester) (*integrity.TextLook, error)
 	FinishText(ctx context.Context, l *integrity.TextLook) ([]integrity.Finding, error)
 	WatchText() integrity.WatchList
 	Accepted() []integrity.Accepted

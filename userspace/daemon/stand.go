@@ -187,19 +187,22 @@ func (k *keeper) doubt(ctx context.Context, events []kvmaccess.WatchEvent, found
 		if !ok || e.State != kvmaccess.StateDifferent {
 			continue
 		}
-		if what := k.guard.what(e); !found && k.guard.vain(e, time.Now()) {
-			k.log.Info("left to rounds for a while: it changes all the time and nothing is wrong with it", "rule", "restless", "what", what)
+		vain := !found
+		if expected[key] {
+			// It was so for a moment only, and is no less a change.
+			findings, err := k.monitor.See(ctx, e)
+			k.findings = append(k.findings, findings...)
+			if err != nil {
+				return saw, err
+			}
+			saw, vain = true, vain && len(findings) == 0
+		}
+		if vain && k.guard.vain(key.WatchPlace, time.Now()) {
+			k.log.Info("left to rounds for a while: it changes all the time and nothing is wrong with it", "rule", "restless", "what", k.guard.what(e))
 		}
 		if !expected[key] {
 			continue // the round saw the change
 		}
-		// It was so for a moment only, and is no less a change.
-		findings, err := k.monitor.See(ctx, e)
-		k.findings = append(k.findings, findings...)
-		if err != nil {
-			return saw, err
-		}
-		saw = true
 		if err := k.guard.rearm(ctx, e, items); err != nil {
 			k.log.Info("watches are programmed anew", "rule", "a change of them failed", "error", err)
 			k.guard.stale = true

@@ -13,15 +13,20 @@ import (
 
 // watches are the module's, of all VMs, by one socket. They end with it.
 type watches struct {
-	src watchSource
+	src   watchSource
+	looks chan struct{} // filled by those who look at all of a kernel's code
 
 	mu    sync.Mutex
 	boxes map[kvmaccess.WatchID]*mailbox
 }
 
 func newWatches(src watchSource) *watches {
-	return &watches{src: src, boxes: map[kvmaccess.WatchID]*mailbox{}}
+	return &watches{src: src, looks: make(chan struct{}, maxLooks), boxes: map[kvmaccess.WatchID]*mailbox{}}
 }
+
+// maxLooks is how many kernels' code is looked at at once, which takes some
+// megabytes of memory each.
+const maxLooks = 2
 
 // mailbox takes the events of one VM's watches.
 type mailbox struct {

@@ -74,6 +74,9 @@ const maxCode = 256 << 20
 // ErrNoText: a kernel's code cannot be looked at.
 var ErrNoText = errors.New("the kernel's code is not compared")
 
+// ErrTextWritable: the kernel does not, or not yet, write-protect its code.
+var ErrTextWritable = errors.New("the kernel's code is not compared: the kernel can write it; it may still boot")
+
 // newCode finds out what there is to look at.
 func (m *Monitor) newCode() (*Code, error) {
 	k := m.g.Kernel
@@ -120,7 +123,10 @@ type TextLook struct {
 // this boot of the guest; for that Options.Scratch is needed. Without a kernel
 // that this can be done with the error is ErrNoText; the look is nil while there
 // is nothing to look at.
-func (m *Monitor) StartText(d *kvmaccess.Digester) (*TextLook, error) {
+//
+// ErrTextWritable says that the kernel may still boot: it writes what it will
+// not later on.
+func (m *Monitor) StartText(ctx context.Context, d *kvmaccess.Digester) (*TextLook, error) {
 	if m.g == nil || m.status.State != StateWatching {
 		return nil, nil
 	}
@@ -128,6 +134,12 @@ func (m *Monitor) StartText(d *kvmaccess.Digester) (*TextLook, error) {
 	if err != nil {
 		m.g.Code, m.code = nil, nil
 		return nil, err
+	}
+	for _, a := range c.areas {
+		t, err := guest.Translate(ctx, m.mem, m.g.Mode, m.root, a.Start)
+		if err != nil || t.Write {
+			return nil, ErrTextWritable
+		}
 	}
 	if m.code != nil && m.code.key == c.key {
 		c.taken = m.code.taken

@@ -380,11 +380,11 @@ func TestNoText(t *testing.T) {
 	w := debian(t)
 	m := w.monitor(Options{Symbols: w.symbols, Settle: -1, Scratch: &memoryScratch{}})
 	d := kvmaccess.NewDigester(kvmaccess.WatchKey{1})
-	if look, err := m.StartText(d); look != nil || err != nil {
+	if look, err := m.StartText(t.Context(), d); look != nil || err != nil {
 		t.Errorf("before there is a baseline: %v, %v", look, err)
 	}
 	w.quiet(m)
-	if _, err := m.StartText(d); !errors.Is(err, ErrNoText) {
+	if _, err := m.StartText(t.Context(), d); !errors.Is(err, ErrNoText) {
 		t.Errorf("with symbols of a file: %v, want %v", err, ErrNoText)
 	}
 	if list := m.WatchText(); len(list.Items) != 0 {

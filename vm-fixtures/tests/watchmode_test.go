@@ -284,7 +284,7 @@ func TestWatchModeBudget(t *testing.T) {
 	web := sharedGuest(t, "web1")
 	d := startDaemon(t, t.TempDir(), "--cpu-budget", "1%", "--symbols", symbolFile(t, web))
 	watching(t, d, web.Name)
-	chosen := func(vms int, names ...string) daemon.BudgetStatus {
+	chosen := func(vms int) daemon.BudgetStatus {
 		t.Helper()
 		var b daemon.BudgetStatus
 		eventually(t, time.Minute, func() error {
