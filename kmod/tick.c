@@ -63,14 +63,32 @@
 /* What all watches together may take of a CPU, in millionths. */
 #define MAX_LOAD	500000
 
+/* What the timer's interrupt takes beside looking, ns. */
+#define TIMER_COST	500
+
+/* The worker's run time, in ns, after which what it takes beside is measured anew. */
+#define MEASURED_TIME	(50 * NSEC_PER_MSEC)
+
 /* Who is at a tick: nobody, the timer and interrupts that it sends, the worker. */
 enum { IDLE, LOOKING, QUEUED };
 
 static struct kthread_worker *worker;
 static atomic64_t total_load;
 
+/* The worker's: what a slice takes beside looking, ns, and what that is made of. */
+static u64 overhead;
+static u64 measured_from;	/* its run time then */
+static u64 measured_slices;
+static u64 measured_spent;
+
 /* When what was taken of this CPU will have been its share. */
 static DEFINE_PER_CPU(u64, quick_until);
+
+/* CPU time that the worker has used so far, in ns. */
+u64 kvmaccess_tick_worker_time(void)
+{
+	return READ_ONCE(worker->task->se.sum_exec_runtime);
+}
 
 /* From here on, until the end of the next tick, the timer does not look. */
 void kvmaccess_tick_keep_timer_off(struct kvmaccess_watch *w)
@@ -92,21 +110,42 @@ static void set_load(struct kvmaccess_watch *w, u64 load)
 
 /*
  * Half of the time is left to others, whatever a tick takes; and all watches
- * together leave half of a CPU. Called at the end of a tick.
+ * together leave half of a CPU. Called at the end of a tick, which took @beside
+ * ns more than for looking.
  */
-static void stretch(struct kvmaccess_watch *w, u64 spent)
+static void stretch(struct kvmaccess_watch *w, u64 beside)
 {
+	u64 spent = w->spent + beside;
 	u64 effective;
 
-	w->stats.time += spent;
-	if (spent > w->stats.longest)
-		w->stats.longest = spent;
+	w->stats.time += w->spent;
+	if (w->spent > w->stats.longest)
+		w->stats.longest = w->spent;
 	/* One that was kept waiting by an interrupt of another CPU is not the rule. */
 	spent = min(spent, max(8 * w->cost, w->stats.period));
 	w->cost = w->cost ? (7 * w->cost + spent) / 8 : spent;
 	effective = max(w->stats.period, 2 * w->cost);
 	set_load(w, w->cost * 1000000 / effective);
 	WRITE_ONCE(w->stats.effective, effective);
+}
+
+/*
+ * Account for a slice. To be woken up, to hold the VM and to account takes longer
+ * than to look at little. How long is found out from the time that the scheduler
+ * says the worker has run, which it notes now and then.
+ */
+static void measure(u64 spent)
+{
+	u64 ran = kvmaccess_tick_worker_time() - measured_from;
+
+	measured_slices++;
+	measured_spent += spent;
+	if (ran < MEASURED_TIME)
+		return;
+	overhead = ran > measured_spent ? (ran - measured_spent) / measured_slices : 0;
+	measured_from += ran;
+	measured_slices = 0;
+	measured_spent = 0;
 }
 
 /* In ns, as it is stretched now. */
@@ -138,6 +177,7 @@ static void begin(struct kvmaccess_watch *w)
 		count_tick(w);
 	w->under_way = true;
 	w->walking = true;
+	w->slices = 0;
 	kvmaccess_look_begin(w);
 }
 
@@ -158,7 +198,7 @@ static void finish(struct kvmaccess_watch *w)
 	w->quick = is_quick(w);
 	w->stats.compared += w->stats.bytes;
 	kvmaccess_account_tick(&w->vm->account, w->spent, w->stats.bytes);
-	stretch(w, w->spent);
+	stretch(w, TIMER_COST + w->slices * overhead);
 	/* From here on the timer may queue the next one. */
 	smp_store_release(&w->busy, IDLE);
 }
@@ -178,6 +218,7 @@ static void tick_fn(struct kthread_work *work)
 	struct kvmaccess_watch *w = container_of(work, struct kvmaccess_watch, work);
 	struct kvmaccess_vm *vm = w->vm;
 	bool done;
+	u64 spent;
 
 	if (w->stats.flags & KVMACCESS_WATCH_F_ENDED)
 		return;
@@ -197,7 +238,10 @@ static void tick_fn(struct kthread_work *work)
 	if (!w->walking)
 		begin(w);
 	done = kvmaccess_look(w);
-	w->spent += ktime_get_ns() - w->now;
+	spent = ktime_get_ns() - w->now;
+	measure(spent);
+	w->spent += spent;
+	w->slices++;
 	if (done)
 		finish(w);
 	else
@@ -250,7 +294,7 @@ static void look_on(struct kvmaccess_watch *w)
 		return;
 	}
 	w->stats.compared += w->stats.bytes;
-	stretch(w, w->spent);
+	stretch(w, TIMER_COST * (1 + w->interrupts));
 	kvmaccess_account_quick(&vm->account, w->spent, w->stats.bytes, w->interrupts);
 	kvmaccess_vm_put(vm);
 	/* From here on the timer may begin the next one. */
@@ -377,12 +421,6 @@ void kvmaccess_tick_do(struct kthread_work *work)
 	kthread_queue_work(worker, work);
 	/* Bounded: a slice of each watch at most goes first. */
 	kthread_flush_work(work);
-}
-
-/* CPU time that the worker has used so far, in ns. */
-u64 kvmaccess_tick_worker_time(void)
-{
-	return READ_ONCE(worker->task->se.sum_exec_runtime);
 }
 
 int __init kvmaccess_tick_init(void)

@@ -53,6 +53,7 @@ struct kvmaccess_watch {
 	unsigned int nr_vcpus;
 	bool under_way;			/* a tick has been counted */
 	bool walking;			/* and has had its first slice */
+	unsigned int slices;		/* so far */
 	struct list_head *next;		/* of memory, for the next slice */
 	u64 to_digest;			/* bytes, in this tick */
 	struct kvmaccess_item *at;	/* of digests, for the next one; NULL: the first */
