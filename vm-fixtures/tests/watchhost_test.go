@@ -100,6 +100,10 @@ func TestWatchLeavesPagesAlone(t *testing.T) {
 	g, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: tinyvm.Spin(tinyvm.Long)})
 	m := newMemory(t, size, tinyvm.Anonymous)
 	t.Cleanup(func() { setSlot(t, g, tinyvm.Slot{Number: 1}) })
+	// Else the kernel may make one mapping of this and another one beside it.
+	if err := m.Advise(0, size, unix.MADV_DONTDUMP); err != nil {
+		t.Fatal(err)
+	}
 	copy(m.Bytes(), pattern(gpa, size))
 	setSlot(t, g, tinyvm.Slot{Number: 1, GPA: gpa, Size: size, Memory: m})
 	watches := watchMemory(t, w, vm, gpa, m.Bytes())
