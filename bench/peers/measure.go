@@ -227,6 +227,11 @@ func (s *site) looking(ctx context.Context, p peer, period time.Duration, do fun
 }
 
 func (s *site) watching(ctx context.Context, period time.Duration, do func() error) (looks uint64, err error) {
+	// QEMU writes registers back after others have looked at them, and an AMD
+	// processor's KVM keeps the lower halves of SYSENTER_* then.
+	if s.found.VCPU, err = s.client.VCPU(ctx, s.found.VM.ID, 0); err != nil {
+		return 0, err
+	}
 	items, err := s.found.Items(ctx)
 	if err != nil {
 		return 0, err
