@@ -19,7 +19,7 @@ type BudgetStatus struct {
 	Period time.Duration `json:"period"`         // of all of them
 	Text   time.Duration `json:"text,omitempty"` // in which all code is compared once; 0: it is not
 	Cost   Share         `json:"cost"`           // that this is expected to take
-	Daemon Share         `json:"daemon"`         // of that, the daemon's own part
+	Daemon Share         `json:"daemon"`         // of that, the daemon's looks; requests to its API are beside it
 	Fits   bool          `json:"fits"`
 	Reason string        `json:"reason,omitempty"` // why it does not, or not in full
 }
@@ -45,7 +45,7 @@ const (
 )
 
 // choose finds the shortest period that fits, and how often all code can be
-// compared. own is what the daemon itself takes, text what was asked for.
+// compared. own is what the daemon's looks take, text what was asked for.
 func choose(share, own Share, needs []need, text time.Duration) BudgetStatus {
 	b := BudgetStatus{Share: share, VMs: len(needs), Period: slowestPeriod, Daemon: own, Fits: true}
 	var tick, longest, pass time.Duration
@@ -88,6 +88,10 @@ func choose(share, own Share, needs []need, text time.Duration) BudgetStatus {
 		b.Reason = "it is not enough for one look each " + slowestPeriod.String()
 		b.Text = 0
 		period = slowestPeriod
+	}
+	if own > share/2 {
+		b.Fits = false
+		b.Reason = "the daemon's own looks take more than half of it: something that is watched changes all the time"
 	}
 	b.Period = roundUp(period)
 	b.Cost = own + cost(b, needs)
@@ -138,8 +142,8 @@ type budget struct {
 	status BudgetStatus
 	before map[kvmaccess.VMID]WatchAccount // when it was last measured
 	needs  map[kvmaccess.VMID]need
-	at     time.Duration // of the daemon's own CPU time, CLOCK_MONOTONIC
-	cpu    time.Duration
+	at     time.Duration // CLOCK_MONOTONIC, of looks
+	looks  time.Duration // that the daemon has taken so far
 	own    Share
 }
 
@@ -166,7 +170,7 @@ func (b *budget) changed() {
 }
 
 // run measures and chooses until ctx ends. Each keeper is told of a change.
-func (b *budget) run(ctx context.Context, keepers func() []*keeper, accounts func(context.Context) []kvmaccess.WatchStats) {
+func (b *budget) run(ctx context.Context, keepers func() []*keeper, looks func() time.Duration, accounts func(context.Context) []kvmaccess.WatchStats) {
 	for step := 0; ; {
 		timer := time.NewTimer(budgetAfter[min(step, len(budgetAfter)-1)])
 		select {
@@ -180,7 +184,7 @@ func (b *budget) run(ctx context.Context, keepers func() []*keeper, accounts fun
 			return
 		}
 		all := keepers()
-		if b.adapt(all, accounts(ctx), step > 1) {
+		if b.adapt(all, accounts(ctx), looks(), step > 1) {
 			for _, k := range all {
 				k.review()
 			}
@@ -188,16 +192,16 @@ func (b *budget) run(ctx context.Context, keepers func() []*keeper, accounts fun
 	}
 }
 
-// adapt chooses anew. quiet says that the daemon has had nothing else to do for
-// a while. It returns true if something changed.
-func (b *budget) adapt(keepers []*keeper, accounts []kvmaccess.WatchStats, quiet bool) bool {
-	at, cpu, _, _, err := usage()
+// adapt chooses anew. quiet says that no VM has come or gone for a while, which
+// takes looks of its own. It returns true if something changed.
+func (b *budget) adapt(keepers []*keeper, accounts []kvmaccess.WatchStats, looks time.Duration, quiet bool) bool {
+	at := monotonic()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if quiet && err == nil && b.at != 0 && at > b.at {
-		b.own = Share(float64(cpu-b.cpu) / float64(at-b.at))
+	if quiet && at > b.at && looks >= b.looks {
+		b.own = Share(float64(looks-b.looks) / float64(at-b.at))
 	}
-	b.at, b.cpu = at, cpu
+	b.at, b.looks = at, looks
 	var needs []need
 	present := map[kvmaccess.VMID]bool{}
 	for _, k := range keepers {

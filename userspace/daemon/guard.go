@@ -24,11 +24,12 @@ type guard struct {
 	box     *mailbox
 
 	// For one goroutine at a time, the keeper's.
-	config kvmaccess.WatchConfig
-	parts  []*part // the watches; one, unless there is more than it may have
-	next   uint64  // cookie
-	stale  bool    // what the watches are is not known
-	noise  map[integrity.WatchPlace]*noise
+	config    kvmaccess.WatchConfig
+	parts     []*part // the watches; one, unless there is more than it may have
+	next      uint64  // cookie
+	stale     bool    // what the watches are is not known
+	stretched bool    // was said to be
+	noise     map[integrity.WatchPlace]*noise
 
 	mu       sync.Mutex
 	ids      []kvmaccess.WatchID
@@ -329,6 +330,22 @@ func (g *guard) rearm(ctx context.Context, e kvmaccess.WatchEvent, list []integr
 		}
 	}
 	return nil
+}
+
+// sayStretched says if ticks take too long for the period.
+func (g *guard) sayStretched(ctx context.Context) {
+	for _, p := range g.parts {
+		s, err := p.Stats(ctx)
+		// Beyond what comes of a tick that was kept waiting.
+		if stretched := err == nil && s.Effective > s.Period+s.Period/16; stretched != g.stretched && err == nil {
+			g.stretched = stretched
+			if stretched {
+				g.log.Warn("the module stretches the period: its ticks, or those of all VMs together, take too long for it", "period", s.Period, "effective", s.Effective, "longest", s.Longest)
+			} else {
+				g.log.Info("the period is kept again", "period", s.Period)
+			}
+		}
+	}
 }
 
 // account is the module's account of the VM's watches, out of those of all.

@@ -11,9 +11,12 @@ import (
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
-// verifyEvery is how often a VM is looked at though the module says nothing: for
-// what it does not compare.
-const verifyEvery = time.Minute
+// verifyEvery is how often a VM is looked at though the module says nothing, at
+// least: for what it does not compare, a part of what Config.Verify is about.
+const (
+	verifyEvery = time.Minute
+	verifyParts = 5
+)
 
 // A guest that changes what is watched as fast as it can has this many rounds at
 // once, and one each roundEvery from then on.
@@ -66,7 +69,8 @@ func (k *keeper) standUntil(ctx context.Context) outcome {
 	g := k.guard
 	k.list = nil
 	rounds := pacer{burst: roundBurst, every: roundEvery}
-	verify := time.Now().Add(verifyEvery)
+	every := min(verifyEvery, max(time.Second, k.verify/verifyParts))
+	verify := time.Now().Add(every)
 	failures := time.Duration(0)
 	for {
 		again, err := k.program(ctx)
@@ -123,7 +127,8 @@ func (k *keeper) standUntil(ctx context.Context) outcome {
 		now := time.Now()
 		rounds.done(now)
 		if !now.Before(verify) {
-			verify = now.Add(verifyEvery)
+			verify = now.Add(every)
+			g.sayStretched(ctx)
 			k.code.due = k.code.due || k.code.unwatched
 		}
 		if result := k.round(ctx); result != outcomeNone {

@@ -148,7 +148,7 @@ func (w *watcher) session(ctx context.Context, src source) error {
 			}
 		})
 		if w.budget != nil {
-			receiving.Go(func() { w.budget.run(ctx, w.all, w.watchAccounts) })
+			receiving.Go(func() { w.budget.run(ctx, w.all, w.looks, w.watchAccounts) })
 		}
 	}
 
@@ -486,6 +486,17 @@ func (w *watcher) watchAccounts(ctx context.Context) []kvmaccess.WatchStats {
 		w.log.Debug("the accounts of watches are not to be had", "error", err)
 	}
 	return all
+}
+
+// looks is the time that the daemon's own ticks have taken.
+func (w *watcher) looks() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	sum := w.retired.TickSum
+	for _, k := range w.keepers {
+		sum += time.Duration(k.account.tickSum.Load())
+	}
+	return sum
 }
 
 // budgetStatus is what the CPU budget has chosen; nil: there is none.

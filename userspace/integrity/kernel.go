@@ -149,7 +149,7 @@ func (m *Monitor) takeKernel(ctx context.Context) {
 }
 
 // mostPieces bounds how much one tick looks at of what never changes.
-const mostPieces = 64
+const mostPieces = 128
 
 // verify looks at what the kernel's symbols and types were made of, so much of
 // it that all was looked at once in Options.Verify. It returns true if there is
