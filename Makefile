@@ -155,7 +155,7 @@ $(filter test-on-svm-%,$(HOSTS:%=test-on-%)): test-on-%: build fixture
 # guest that KVM enters with interrupts off it takes no interrupt of the host's
 # until the guest has had them on, so system management mode is left out.
 VMX_GUESTS := ^Test(Info|VMs|MemslotAddresses|Memory|MemoryBeyondLimits|RangesPartlyBad|Tables|RegistersAgainstQEMU|RegistersAgainstGuest|MSRs|HaltedVCPU|BadRequests|ClientErrors|NotRoot)$$
-VMX_TINY := ^Test(RegistersAgainstKVM|Condition.*|Methods|CPUOffline|Invariants|Modes|PageTableIsolation|VCPUsAddedWhileRead)$$
+VMX_TINY := ^Test(RegistersAgainstKVM|Condition.*|Methods|CPUOffline|Invariants|Modes|PageTableIsolation|VCPUsAddedWhileRead|Watch(Items|Registers|HaltedVCPU|MemoryGoes|DestroyedVM|Reset|CPUOffline|Churn))$$
 VMX_SKIP := ^TestInvariants$$/(page_faults|HLT_and_IPI)
 VMX_SAMPLES := 40
 
@@ -175,8 +175,8 @@ test-on-here: build fixture $(HOST_DEPS)
 	$(call test_on,here,,$(wordlist 2,99,$(ON_HOST)))
 
 .PHONY: test-la57
-test-la57: build fixture ## test guests with 5-level paging, on a processor that has it
-	go test -v -count=1 -timeout 10m -tags kvmhost,la57 -run '^TestMode5Level$$' \
+test-la57: build fixture ## test guests with 5-level paging, and watches, on a processor that has it
+	go test -v -count=1 -timeout 10m -tags kvmhost,la57 -run '^Test(Mode5Level|Watch(Items|Backings|LeavesPagesAlone))$$' \
 		-exec '$(abspath $(FIXTURE)) run --cpu max --suite $(SUITE) --timeout 10m --' ./vm-fixtures/tests
 
 # The stress takes SEED=N to send again what a run of that seed sent.
