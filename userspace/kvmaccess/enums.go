@@ -252,7 +252,7 @@ type ItemState uint32
 const (
 	StateExpected ItemState = iota // as it should be
 	StateDifferent
-	StateNotResident // the host has no page in place
+	StateNotResident // the host had no page in place, twice in a row
 	StateNoMemslot   // nothing is at its address
 	StateEnded       // of a watch: its VM is gone, or the module
 )
