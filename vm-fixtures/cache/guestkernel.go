@@ -27,7 +27,8 @@ var guestKernels = []GuestKernel{
 	{Name: "5.10", Suite: guestSuite("bullseye", "linux-image-cloud-amd64")},
 	{Name: "6.1", Suite: guestSuite("bookworm", "linux-image-cloud-amd64", "-updates", "-security")},
 	{Name: "6.12", Suite: guestSuite("trixie", "linux-image-cloud-amd64", "-updates", "-security")},
-	{Name: "6.12-full", Suite: guestSuite("trixie", "linux-image-amd64", "-updates", "-security")},
+	// Its libcrc32c, which nf_tables needs, asks for this one by name alone.
+	{Name: "6.12-full", Suite: withModules(guestSuite("trixie", "linux-image-amd64", "-updates", "-security"), "crc32c_generic")},
 	{Name: "7.2", Suite: guestSuite("sid", "linux-image-cloud-amd64")},
 }
 
@@ -46,6 +47,12 @@ func guestSuite(name, kernel string, pockets ...string) Suite {
 		// virtio_pci is for guests without KVM, which have a PC's timers.
 		GuestModules: slices.Concat(guestModules, []string{"virtio_pci", "loop", "dm_mod", "overlay", "fuse", "nf_tables"}),
 	}
+}
+
+// withModules has the suite's guests load these modules before all others.
+func withModules(s Suite, names ...string) Suite {
+	s.GuestModules = slices.Concat(names, s.GuestModules)
+	return s
 }
 
 // GuestKernelNames are those there are, by ascending version.
