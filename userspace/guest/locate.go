@@ -40,6 +40,7 @@ type location struct {
 	gates    []Gate   // of the exceptions
 	cpus     int      // that agree
 	booted   bool     // a vCPU runs a program
+	btf      Extent   // of the symbol table that fits: where it has the types
 }
 
 // gpa of an address in the image.
