@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"time"
 
@@ -21,16 +22,19 @@ import (
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/truth"
 )
 
-// Kind says whether anything was known of the guest's kernel before.
+// Kind says what was done, and what was known of the guest's kernel before.
 type Kind string
 
 // Values of Kind.
 const (
-	Cold   Kind = "cold"   // nothing
-	Cached Kind = "cached" // another attachment to the same kernel, which is checked all the same
+	Cold    Kind = "cold"         // an attachment; nothing was known
+	Cached  Kind = "cached"       // an attachment; another one to the same kernel, which is checked all the same
+	Process Kind = "process"      // "kvmaccess ps", from its start to its end
+	Peer    Kind = "peer"         // drgn's attachment, its debug info at hand
+	PeerAll Kind = "peer process" // drgn, from its start to its end, its tasks listed
 )
 
-// Sample is one attachment.
+// Sample is one measurement.
 type Sample struct {
 	Guest   string  `json:"guest"` // Row.Guest
 	Kind    Kind    `json:"kind"`
@@ -59,9 +63,11 @@ type Row struct {
 	AttachCached float64 `json:"attach_cached_s"`
 	BytesRead    uint64  `json:"bytes_read"` // to attach cold
 	BytesCached  uint64  `json:"bytes_read_cached"`
-	Attachments  int     `json:"attachments"` // of each kind
-	Peer         string  `json:"peer"`        // empty: none was at hand
-	PeerSeconds  float64 `json:"peer_s,omitempty"`
+	Process      float64 `json:"process_s"`                // all of "kvmaccess ps", median
+	Attachments  int     `json:"attachments"`              // of each kind
+	Peer         string  `json:"peer"`                     // empty: none was measured
+	PeerSeconds  float64 `json:"peer_s,omitempty"`         // its attachment, median
+	PeerProcess  float64 `json:"peer_process_s,omitempty"` // all of the peer's process, its tasks listed
 }
 
 // Run is what was measured on one host.
@@ -84,9 +90,17 @@ var variants = []variant{
 	{"nopti, 5 levels, 4 CPUs", "nopti", "host", 4},
 }
 
-// Measure attaches n times cold and n times cached to guests of each kernel,
-// booted in up to most ways. Of the structs each every-th is compared.
-func Measure(ctx context.Context, kernels []string, n, every, most int, progress func(string)) (*Run, error) {
+// Options of Measure.
+type Options struct {
+	Kernels []string // of guests
+	Ways    int      // how many ways to boot each, from 1 on
+	N       int      // attachments of each kind
+	Every   int      // compare each so many-th struct
+}
+
+// Measure attaches to guests of each kernel. Where the payload has what drgn
+// needs for one of them, drgn does as well, in turn with it.
+func Measure(ctx context.Context, o Options, progress func(string)) (*Run, error) {
 	if err := inside.LoadModule(); err != nil {
 		return nil, err
 	}
@@ -100,11 +114,11 @@ func Measure(ctx context.Context, kernels []string, n, every, most int, progress
 		return nil, err
 	}
 	r := &Run{Host: strings.TrimSpace(string(release))}
-	for _, kernel := range kernels {
-		for _, v := range variants[:min(most, len(variants))] {
+	for _, kernel := range o.Kernels {
+		for _, v := range variants[:min(o.Ways, len(variants))] {
 			name := kernel + ", " + v.name
 			progress(name)
-			row, samples, err := v.measure(ctx, c, kernel, n, every)
+			row, samples, err := v.measure(ctx, c, kernel, o)
 			if err != nil {
 				return nil, fmt.Errorf("guest %s: %w", name, err)
 			}
@@ -129,7 +143,14 @@ func (l live) VCPUs(ctx context.Context) ([]kvmaccess.VCPU, error) {
 	return l.client.VCPUs(ctx, l.id)
 }
 
-func (v variant) measure(ctx context.Context, c *kvmaccess.Client, kernel string, n, every int) (row Row, samples []Sample, err error) {
+func (v variant) measure(ctx context.Context, c *kvmaccess.Client, kernel string, o Options) (row Row, samples []Sample, err error) {
+	p, err := openPeer(kernel)
+	if err != nil {
+		return row, nil, err
+	}
+	if p != nil {
+		defer func() { err = errors.Join(err, p.Close()) }()
+	}
 	g, err := fixture.Start(ctx, fixture.Config{Name: "bench", Kernel: kernel, CPUs: v.cpus, Append: v.line, CPU: v.cpu})
 	if err != nil {
 		return row, nil, err
@@ -147,40 +168,60 @@ func (v variant) measure(ctx context.Context, c *kvmaccess.Client, kernel string
 	}
 	// Each attachment is a monitor's first look: it knows nothing of where the
 	// VMM has the guest's memory.
-	var k *guest.Kernel
-	attach := func(kind Kind, opts guest.AttachOptions) error {
+	attach := func(opts guest.AttachOptions) (*guest.Kernel, Sample, error) {
 		l := live{kvmaccess.NewMemory(c, vm), c, vm.ID}
 		start := time.Now()
-		found, err := guest.Attach(ctx, l, opts)
+		k, err := guest.Attach(ctx, l, opts)
 		took := time.Since(start)
 		s := l.Stats()
-		if err := errors.Join(err, l.Close()); err != nil {
-			return err
-		}
-		found.Space.Memory = kvmaccess.NewMemory(c, vm)
-		k = found
-		samples = append(samples, Sample{
-			Kind: kind, Seconds: took.Seconds(),
-			Bytes: s.Netlink.Bytes + s.Bulk.Bytes + s.Cold.Bytes, Reads: s.Netlink.Reads + s.Bulk.Reads + s.Cold.Reads,
-		})
-		return nil
-	}
-	for range n {
-		if err := attach(Cold, guest.AttachOptions{}); err != nil {
-			return row, nil, err
-		}
-	}
-	if err := v.compare(ctx, g, k, every, &row); err != nil {
-		return row, nil, err
+		return k, Sample{
+			Seconds: took.Seconds(),
+			Bytes:   s.Netlink.Bytes + s.Bulk.Bytes + s.Cold.Bytes, Reads: s.Netlink.Reads + s.Bulk.Reads + s.Cold.Reads,
+		}, errors.Join(err, l.Close())
 	}
 	known := &guest.Cache{}
-	if _, err := guest.Attach(ctx, live{kvmaccess.NewMemory(c, vm), c, vm.ID}, guest.AttachOptions{Cache: known}); err != nil {
+	k, _, err := attach(guest.AttachOptions{Cache: known})
+	if err != nil {
 		return row, nil, err
 	}
-	for range n {
-		if err := attach(Cached, guest.AttachOptions{Cache: known}); err != nil {
+	mem := kvmaccess.NewMemory(c, vm)
+	defer func() { err = errors.Join(err, mem.Close()) }()
+	k.Space.Memory = mem
+	if err := v.compare(ctx, g, k, o.Every, &row); err != nil {
+		return row, nil, err
+	}
+	slots, err := c.Memslots(ctx, vm.ID)
+	if err != nil {
+		return row, nil, err
+	}
+	if p != nil {
+		if err := p.note(ctx, g, mem); err != nil {
 			return row, nil, err
 		}
+	}
+	for range o.N {
+		for kind, cache := range map[Kind]*guest.Cache{Cold: nil, Cached: known} {
+			_, s, err := attach(guest.AttachOptions{Cache: cache})
+			if err != nil {
+				return row, nil, err
+			}
+			s.Kind = kind
+			samples = append(samples, s)
+		}
+		start := time.Now()
+		if out, err := exec.CommandContext(ctx, "kvmaccess", "ps", g.Name).CombinedOutput(); err != nil {
+			return row, nil, fmt.Errorf("kvmaccess ps: %w: %s", err, out)
+		}
+		samples = append(samples, Sample{Kind: Process, Seconds: time.Since(start).Seconds()})
+		if p == nil {
+			continue
+		}
+		a, err := p.attach(ctx, g.PID, slots, k)
+		if err != nil {
+			return row, nil, err
+		}
+		row.Peer = "drgn " + a.Version
+		samples = append(samples, Sample{Kind: Peer, Seconds: a.Attach}, Sample{Kind: PeerAll, Seconds: a.process.Seconds()})
 	}
 	return row, samples, nil
 }

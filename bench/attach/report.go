@@ -4,10 +4,10 @@ package attach
 
 import (
 	_ "embed"
-	"errors"
 	"fmt"
 	"image/color"
 	"io"
+	"slices"
 	"strconv"
 	"text/template"
 
@@ -27,26 +27,46 @@ type Report struct {
 	Rows []Row
 }
 
+// Peers are the rows that drgn has a part in.
+func (r *Report) Peers() []Row {
+	return slices.DeleteFunc(slices.Clone(r.Rows), func(row Row) bool { return row.Peer == "" })
+}
+
 // Summarize fills in the times of a run's rows.
 func (r *Run) Summarize() error {
 	for i := range r.Rows {
 		row := &r.Rows[i]
-		for kind, to := range map[Kind]struct {
-			seconds *float64
-			bytes   *uint64
-		}{Cold: {&row.AttachCold, &row.BytesRead}, Cached: {&row.AttachCached, &row.BytesCached}} {
-			var seconds, bytes []float64
+		median := func(kind Kind, of func(Sample) float64) (float64, int, error) {
+			var all []float64
 			for _, s := range r.Samples {
 				if s.Guest == row.Guest && s.Kind == kind {
-					seconds, bytes = append(seconds, s.Seconds), append(bytes, float64(s.Bytes))
+					all = append(all, of(s))
 				}
 			}
-			a, err1 := stats.Median(seconds)
-			b, err2 := stats.Median(bytes)
-			if err := errors.Join(err1, err2); err != nil {
-				return fmt.Errorf("%s, %s: %w", row.Guest, kind, err)
+			m, err := stats.Median(all)
+			if err != nil {
+				err = fmt.Errorf("%s, %s: %w", row.Guest, kind, err)
 			}
-			*to.seconds, *to.bytes, row.Attachments = a, uint64(b), len(seconds)
+			return m, len(all), err
+		}
+		seconds := func(s Sample) float64 { return s.Seconds }
+		size := func(s Sample) float64 { return float64(s.Bytes) }
+		times := map[Kind]*float64{Cold: &row.AttachCold, Cached: &row.AttachCached, Process: &row.Process}
+		if row.Peer != "" {
+			times[Peer], times[PeerAll] = &row.PeerSeconds, &row.PeerProcess
+		}
+		for kind, to := range times {
+			var err error
+			if *to, row.Attachments, err = median(kind, seconds); err != nil {
+				return err
+			}
+		}
+		for kind, to := range map[Kind]*uint64{Cold: &row.BytesRead, Cached: &row.BytesCached} {
+			bytes, _, err := median(kind, size)
+			if err != nil {
+				return err
+			}
+			*to = uint64(bytes)
 		}
 	}
 	return nil
@@ -63,6 +83,7 @@ var page = template.Must(template.New("report").Funcs(template.FuncMap{
 		}
 		return "off"
 	},
+	"times": func(a, b float64) string { return fmt.Sprintf("%.1f", a/b) },
 }).Parse(text))
 
 // Write writes report.md, summary.json, samples.csv and attach.png into a

@@ -18,10 +18,10 @@ import (
 func TestWrite(t *testing.T) {
 	r := Run{
 		Host: "6.1.0-test",
-		Rows: []Row{{Guest: "one", Kernel: "6.12.1", KASLR: true, KPTI: true, Levels: 4, Symbols: 10, SymbolsEqual: 9, Offsets: 7, OffsetsEqual: 7}},
+		Rows: []Row{{Guest: "one", Kernel: "6.12.1", KASLR: true, KPTI: true, Levels: 4, Symbols: 10, SymbolsEqual: 9, Offsets: 7, OffsetsEqual: 7, Peer: "drgn 1"}},
 		Samples: []Sample{
 			{"one", Cold, 3, 300, 3}, {"one", Cold, 1, 100, 1}, {"one", Cold, 2, 200, 2},
-			{"one", Cached, 0.5, 50, 1},
+			{"one", Cached, 0.5, 50, 1}, {"one", Process, 4, 0, 0}, {"one", Peer, 40, 0, 0}, {"one", PeerAll, 60, 0, 0},
 		},
 	}
 	if err := r.Summarize(); err != nil {
@@ -45,7 +45,7 @@ func TestWrite(t *testing.T) {
 	}
 	for key, want := range map[string]any{
 		"guest_kernel": "6.12.1", "kaslr": true, "kpti": true, "levels": 4.0, "symbols_guest": 10.0, "symbols_equal": 9.0,
-		"offsets_checked": 7.0, "offsets_equal": 7.0, "attach_cold_s": 2.0, "attach_cached_s": 0.5, "bytes_read": 200.0, "peer": "",
+		"offsets_checked": 7.0, "offsets_equal": 7.0, "attach_cold_s": 2.0, "attach_cached_s": 0.5, "bytes_read": 200.0, "peer": "drgn 1", "peer_s": 40.0, "process_s": 4.0, "peer_process_s": 60.0,
 	} {
 		if got := rows[0][key]; got != want {
 			t.Errorf("%s: %v, want %v", key, got, want)
@@ -55,7 +55,7 @@ func TestWrite(t *testing.T) {
 	if err != nil || len(table) != 1+len(r.Samples) {
 		t.Errorf("%d lines of samples, %v", len(table), err)
 	}
-	if text := read("report.md"); !strings.Contains(text, "| 9 of 10 | 7 of 7 |") || !strings.Contains(text, "| 2.00 | 0.50 |") {
+	if text := read("report.md"); !strings.Contains(text, "| 9 of 10 | 7 of 7 |") || !strings.Contains(text, "| 2.00 | 0.50 |") || !strings.Contains(text, "| 20.0 |") || !strings.Contains(text, "| 15.0 |") {
 		t.Error(text)
 	}
 	if picture := read("attach.png"); !strings.HasPrefix(picture, "\x89PNG") {

@@ -17,6 +17,7 @@ const module = "github.com/kvmaccess/kvmaccess"
 // programs are what a run needs, by package.
 var programs = []string{
 	module + "/vm-fixtures/cmd/vmfixture",
+	module + "/userspace/cmd/kvmaccess",
 	module + "/userspace/cmd/kvmaccessd",
 	module + "/bench/cmd/benchinside",
 	module + "/bench/cmd/benchcapture",

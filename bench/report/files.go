@@ -97,11 +97,28 @@ type Origin struct {
 // hosts that QEMU emulates, that begins now.
 func ThisRun(ctx context.Context, log *slog.Logger, name string, args []string) (Origin, error) {
 	o := Origin{
-		Command: strings.Join(append([]string{"go run ./bench/cmd/" + name}, args...), " "),
+		Command: command(name, args),
 		Date:    time.Now().UTC().Format(time.DateOnly),
 		Machine: ThisMachine(),
 	}
 	var err error
 	o.Machine.Emulator, err = host.QEMUVersion(ctx, log)
 	return o, err
+}
+
+// command is how a program was called, but for where its results go.
+func command(name string, args []string) string {
+	words := []string{"go run ./bench/cmd/" + name}
+	for i := 0; i < len(args); i++ {
+		switch flag := strings.TrimLeft(args[i], "-"); {
+		case flag == "out":
+			i++
+		case strings.HasPrefix(flag, "out="):
+		case args[i] == "":
+			words = append(words, "''")
+		default:
+			words = append(words, args[i])
+		}
+	}
+	return strings.Join(words, " ")
 }

@@ -301,3 +301,18 @@ func TestThisMachine(t *testing.T) {
 		t.Errorf("%+v", m)
 	}
 }
+
+func TestCommand(t *testing.T) {
+	for _, tt := range []struct {
+		args []string
+		want string
+	}{
+		{nil, "go run ./bench/cmd/benchx"},
+		{[]string{"-quick", "-out", "/somewhere", "-peers", ""}, "go run ./bench/cmd/benchx -quick -peers ''"},
+		{[]string{"--out=/somewhere", "-n", "3"}, "go run ./bench/cmd/benchx -n 3"},
+	} {
+		if got := command("benchx", tt.args); got != tt.want {
+			t.Errorf("%q: %q, want %q", tt.args, got, tt.want)
+		}
+	}
+}

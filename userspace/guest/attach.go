@@ -157,7 +157,7 @@ const (
 // bounds are not where page tables have them, or exceptions' handlers are
 // nothing that it knows.
 func (l *location) fits(k *kallsyms) error {
-	at := k.find("_text", "_stext", "_etext", earlyHandlers)
+	at := k.find("_text", "_stext", "_etext", earlyHandlers, startBTF, stopBTF)
 	text, stext, etext, early := at[0], at[1], at[2], at[3]
 	switch {
 	case stext == 0 || etext <= stext:
@@ -179,6 +179,7 @@ func (l *location) fits(k *kallsyms) error {
 	if 2*known < len(l.handlers) {
 		return fmt.Errorf("%d of %d exceptions' handlers are at no symbol", len(l.handlers)-known, len(l.handlers))
 	}
+	l.btf = Extent{at[4], at[5]}
 	return nil
 }
 
@@ -198,6 +199,9 @@ func (l *location) kernel(ctx context.Context, opts AttachOptions) (*Kernel, err
 		tables, s, err := l.findTables(ctx)
 		if err != nil {
 			return nil, err
+		}
+		if !opts.NoTypes {
+			k.decodeTypes(ctx, l.btf)
 		}
 		text := l.extent.Start // as fits has seen
 		d, digest, err := opts.Cache.decode(tables, text)
@@ -248,7 +252,7 @@ func (k *Kernel) complete(ctx context.Context, opts AttachOptions) error {
 		k.Types, k.TypesErr = ReadTypes(ctx, k)
 		switch {
 		case k.Types != nil:
-			if x := k.Image.between("__start_BTF", "__stop_BTF"); x.Size() == uint64(len(k.Types.Raw())) {
+			if x := k.Image.between(startBTF, stopBTF); x.Size() == uint64(len(k.Types.Raw())) {
 				k.Seal.add(DoubtTypes, x.Start, k.Types.Raw())
 			}
 			k.checkExports(ctx)

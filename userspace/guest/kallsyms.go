@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"slices"
 	"sort"
+	"strings"
 )
 
 // The kernel's own symbol table (kernel/kallsyms.c, scripts/kallsyms.c) is in
@@ -529,19 +530,20 @@ func (k *kallsyms) decode(slide uint64) (*decoded, error) {
 		return nil, fmt.Errorf("%d names of %d bytes", k.count, total)
 	}
 	// One string holds all names.
-	text := make([]byte, 0, total)
+	var text strings.Builder
+	text.Grow(total)
 	ends := make([]int, k.count)
 	at = 0
 	for i := range ends {
 		length, size := nameLength(k.names[at:])
 		at += size
 		for _, c := range k.names[at : at+length] {
-			text = append(text, k.tokens[c]...)
+			text.WriteString(k.tokens[c])
 		}
 		at += length
-		ends[i] = len(text)
+		ends[i] = text.Len()
 	}
-	all := string(text)
+	all := text.String()
 	s := &Symbols{symbols: make([]Symbol, k.count), long: true}
 	d := &decoded{symbols: s}
 	start, displaced := 0, 0

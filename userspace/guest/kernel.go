@@ -49,8 +49,9 @@ type Kernel struct {
 	// kernel has none.
 	Doubts []Doubt
 
-	cache *Cache
-	found *location
+	cache    *Cache
+	found    *location
+	decoding *decoding // types that were begun with; nil: none
 }
 
 // View is the kernel read through Space.View: for one operation of many small

@@ -40,6 +40,7 @@ type location struct {
 	gates    []Gate   // of the exceptions
 	cpus     int      // that agree
 	booted   bool     // a vCPU runs a program
+	btf      Extent   // of the symbol table that fits: where it has the types
 }
 
 // gpa of an address in the image.
@@ -142,6 +143,8 @@ func locate(ctx context.Context, mem Memory, cpus []kvmaccess.VCPU, regions []Re
 // kernel's beside them.
 func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*location, error) {
 	mode := ModeOf(&v.Registers)
+	// With FRED a kernel has no interrupt table: its page tables tell.
+	fred := mode.Long() && v.CR4&CR4FRED != 0
 	not := func(kind error, format string, args ...any) ([]*location, error) {
 		return nil, fmt.Errorf("%w: vCPU %d %w", kind, v.ID, fmt.Errorf(format, args...))
 	}
@@ -156,12 +159,15 @@ func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*locatio
 		return not(ErrNotBooted, "is in real mode: in reset or in firmware")
 	case mode.Format == FormatNone:
 		return not(ErrNotBooted, "has paging off: in firmware or a boot loader")
-	case v.IDTR.Limit == 0 || v.GDTR.Limit == 0:
+	case v.GDTR.Limit == 0 || v.IDTR.Limit == 0 && !fred:
 		return not(ErrNotBooted, "has no descriptor tables yet")
-	case !mode.Kernel(v.IDTR.Base):
+	case !fred && !mode.Kernel(v.IDTR.Base):
 		return not(ErrNotBooted, "has the interrupt table of firmware or a boot loader, at %#x", v.IDTR.Base)
 	}
-	idt := make([]byte, min(int(v.IDTR.Limit)+1, 256*GateSize(mode.Long())))
+	var idt []byte
+	if !fred {
+		idt = make([]byte, min(int(v.IDTR.Limit)+1, 256*GateSize(mode.Long())))
+	}
 	if err := ReadVirtual(ctx, mem, mode, v.CR3, v.IDTR.Base, idt); err != nil {
 		if unreadable(err) && !errors.Is(err, kvmaccess.ErrNoMemslot) {
 			return nil, fmt.Errorf("interrupt table of vCPU %d: %w", v.ID, err)
@@ -185,7 +191,7 @@ func locateByCPU(ctx context.Context, mem Memory, v *kvmaccess.VCPU) ([]*locatio
 			handlers = append(handlers, g.Handler)
 		}
 	}
-	if len(gates) < fewestGates {
+	if len(gates) < fewestGates && !fred {
 		return not(ErrNotBooted, "has gates for %d exceptions only", len(gates))
 	}
 	elsewhere := len(gates) - len(handlers)

@@ -35,6 +35,14 @@ func TestLocateUserHalf(t *testing.T) {
 	}
 }
 
+// TestLocateFRED has a kernel that takes events without an interrupt table.
+func TestLocateFRED(t *testing.T) {
+	s := attachSnapshot(t, "sid")
+	s.CPUs[0].CR4 |= CR4FRED
+	s.CPUs[0].IDTR = kvmaccess.TableRegister{}
+	equalsGuest(t, s, mustAttach(t, s))
+}
+
 // TestLocateLiar has a vCPU of several lead elsewhere: the others count.
 func TestLocateLiar(t *testing.T) {
 	s := attachSnapshot(t, "debian12")

@@ -19,6 +19,7 @@ const (
 	mostModuleSymbols = 1 << 20  // of all modules together
 	mostModuleStrings = 64 << 20 // bytes, of all modules together
 	mostExports       = 1 << 16
+	mostModuleExports = 1 << 18 // of all modules together
 	mostExportStrings = 8 << 20 // bytes
 	mostPrograms      = 1 << 16
 	mostOther         = 1 << 14
@@ -57,11 +58,12 @@ func (k *Kernel) ReadModules(ctx context.Context) error {
 }
 
 type moduleReader struct {
-	k       *Kernel
-	symbols []Symbol
-	extents []moduleExtent
-	count   uint64 // entries of tables
-	strings uint64 // bytes of names
+	k        *Kernel
+	symbols  []Symbol
+	extents  []moduleExtent
+	count    uint64 // entries of tables
+	exported uint64
+	strings  uint64 // bytes of names
 }
 
 // modules reads all modules' symbols.
@@ -226,9 +228,10 @@ func (r *moduleReader) exports(ctx context.Context, o *Object) (map[string]uint6
 	if count == 0 {
 		return out, nil
 	}
-	if count > mostExports {
-		return nil, fmt.Errorf("%w: %d exported symbols", ErrTooLong, count)
+	if count > mostExports || r.exported+count > mostModuleExports {
+		return nil, fmt.Errorf("%w: %d exported symbols", ErrTooLong, r.exported+count)
 	}
+	r.exported += count
 	err := r.k.exports(ctx, at, int(count), func(name []byte, at uint64) { out[string(name)] = at })
 	if err != nil {
 		return nil, fmt.Errorf("exported symbols: %w", err)

@@ -739,51 +739,51 @@ func TestNoTypes(t *testing.T) {
 	}
 }
 
-// FuzzObjects changes words of a real guest's memory at will: every walk ends,
-// with an error that says something or without.
+// FuzzObjects changes words of real guests' memory at will: every walk ends,
+// and an error names its object.
 func FuzzObjects(f *testing.F) {
-	r := loadRecorded(f, "debian11")
-	original := maps.Clone(r.pages)
-	frames := slices.Sorted(maps.Keys(original))
+	var guests []*recorded
 	walks := objectWalks()
-	for i := range walks {
-		f.Add(append([]byte{byte(i)}, "\x01\x02\x10\x00\xff\xff\x88\x88\x05\x01\x20\x03"...))
-		f.Add([]byte{byte(i)})
-	}
-	f.Fuzz(func(t *testing.T, data []byte) {
-		if len(data) == 0 {
-			return
+	for i, name := range recordedNames {
+		guests = append(guests, loadRecorded(f, name))
+		for j := range walks {
+			f.Add(byte(i), byte(j), []byte("\x01\x02\x10\x00\xff\xff\x88\x88\x05\x01\x20\x03"))
+			f.Add(byte(i), byte(j), []byte{})
 		}
-		walk := walks[int(data[0])%len(walks)]
+	}
+	f.Fuzz(func(t *testing.T, which, walk byte, data []byte) {
+		r := guests[int(which)%len(guests)]
+		frames := slices.Sorted(maps.Keys(r.pages))
 		// Each change: a page, a word in it, and another word of the guest that
 		// is put there.
-		pages := Pages(maps.Clone(original))
+		pages := Pages(maps.Clone(r.pages))
 		own := map[uint64]bool{}
-		for data = data[1:]; len(data) >= 6 && len(own) < 32; data = data[6:] {
+		for ; len(data) >= 6 && len(own) < 32; data = data[6:] {
 			frame := frames[(int(data[0])|int(data[1])<<8)%len(frames)]
 			word := (int(data[2]) | int(data[3])<<8) % 512 * 8
 			if !own[frame] {
 				page := *pages[frame]
 				pages[frame], own[frame] = &page, true
 			}
-			from := original[frames[(int(data[4])*31+int(data[5]))%len(frames)]]
+			from := r.pages[frames[(int(data[4])*31+int(data[5]))%len(frames)]]
 			copy(pages[frame][word:word+8], from[(word+8*int(data[5]))%4096:])
 		}
 		k := *r.Kernel
 		k.Space = &Space{Memory: pages, Mode: r.Space.Mode, Root: r.Space.Root}
-		n, err := walk(k.View(), t.Context())
+		n, err := walks[int(walk)%len(walks)](k.View(), t.Context())
 		if n > maxTasks {
 			t.Errorf("%d objects", n)
 		}
-		if err != nil && err.Error() == "" {
-			t.Error("an error that says nothing")
+		if err := named(err); err != nil {
+			t.Errorf("an error does not name its object: %v", err)
 		}
 	})
 }
 
 // objectWalks are all there are; each says how much it found.
 func objectWalks() []func(*Kernel, context.Context) (int, error) {
-	return []func(*Kernel, context.Context) (int, error){
+	type walk = func(*Kernel, context.Context) (int, error)
+	return []walk{
 		func(k *Kernel, ctx context.Context) (int, error) { all, err := k.tasks(ctx); return len(all), err },
 		func(k *Kernel, ctx context.Context) (int, error) { all, err := k.pidTable(ctx); return len(all), err },
 		func(k *Kernel, ctx context.Context) (int, error) { all, err := k.runQueues(ctx); return len(all), err },
@@ -796,12 +796,28 @@ func objectWalks() []func(*Kernel, context.Context) (int, error) {
 		},
 		func(k *Kernel, ctx context.Context) (int, error) { all, err := k.CPUTables(ctx); return len(all), err },
 		func(k *Kernel, ctx context.Context) (int, error) {
+			all, err := k.ImpliedVCPUs(ctx)
+			return len(all), err
+		},
+		func(k *Kernel, ctx context.Context) (int, error) {
 			all, err := k.SyscallTables(ctx)
+			return len(all), err
+		},
+		func(k *Kernel, ctx context.Context) (int, error) {
+			all, err := k.Dispatchers(ctx)
 			return len(all), err
 		},
 		func(k *Kernel, ctx context.Context) (int, error) {
 			_, all, err := k.Interrupts(ctx, 0)
 			return len(all), err
+		},
+		func(k *Kernel, ctx context.Context) (int, error) {
+			first, err := k.symbol("init_task")
+			if err != nil {
+				return 0, err
+			}
+			_, _, err = k.TaskCreds(ctx, first)
+			return 1, err
 		},
 	}
 }

@@ -29,6 +29,7 @@ const (
 	CR4SMAP     = 1 << 21
 	CR4PKE      = 1 << 22
 	CR4CET      = 1 << 23
+	CR4FRED     = 1 << 32
 
 	EFERSCE = 1 << 0  // SYSCALL
 	EFERLME = 1 << 8  // long mode enabled

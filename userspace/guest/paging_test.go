@@ -406,6 +406,14 @@ func FuzzTranslate(f *testing.F) {
 	f.Add(uint8(4), false, uint8(39), ^uint64(0), uint64(1)<<55, []byte{0xe7, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff})
 	f.Add(uint8(2), true, uint8(52), uint64(0x20), uint64(0xc0000000), []byte{1})
 	f.Add(uint8(1), true, uint8(36), uint64(0), uint64(0x400000), []byte{0x87, 0xe0, 0x1f, 0})
+	for _, name := range attachable {
+		s := attachSnapshot(f, name)
+		mode := ModeOf(&s.CPUs[0].Registers)
+		table := s.Pages[mode.RootOf(s.CPUs[0].CR3)]
+		for _, gva := range []uint64{imageStart + 16<<20, s.CPUs[0].IDTR.Base, s.CPUs[0].RIP} {
+			f.Add(uint8(mode.Format), mode.NX, uint8(mode.PhysicalBits), s.CPUs[0].CR3, gva, table[:])
+		}
+	}
 	f.Fuzz(func(t *testing.T, format uint8, flag bool, bits uint8, root, gva uint64, page []byte) {
 		mode := Mode{Format: Format(format % 6), PSE: flag, NX: flag, PhysicalBits: int(bits)}
 		mem := &counting{Memory: fuzzMemory{page}}

@@ -31,9 +31,10 @@ func (k *Kernel) runQueues(ctx context.Context) ([]Queued, error) {
 	}
 	var all []Queued
 	var errs []error
-	left := maxTasks // of all queues together
+	// Of all queues together.
+	left, groups := maxTasks, maxGroups
 	for _, cpu := range cpus {
-		q := runQueue{Kernel: k, cpu: cpu, seen: map[uint64]bool{}, left: &left}
+		q := runQueue{Kernel: k, cpu: cpu, seen: map[uint64]bool{}, left: &left, groups: &groups}
 		errs = bounded(errs, q.walk(ctx))
 		for _, err := range q.errs {
 			errs = bounded(errs, err)
@@ -48,11 +49,12 @@ const maxGroups = 1 << 14
 
 type runQueue struct {
 	*Kernel
-	cpu   int
-	found []Queued
-	seen  map[uint64]bool
-	errs  []error
-	left  *int
+	cpu    int
+	found  []Queued
+	seen   map[uint64]bool
+	errs   []error
+	left   *int // tasks
+	groups *int // of tasks, below those of the CPUs
 }
 
 // counted lets f be called until the members of all queues are too many.
@@ -192,10 +194,11 @@ func (q *runQueue) fairTree(ctx context.Context, root uint64) {
 			switch {
 			case own == 0:
 				q.add(ctx, at-se, "cfs tree")
-			case seen[own] || this.depth >= maxDepth || len(seen) >= maxGroups:
+			case seen[own] || this.depth >= maxDepth || *q.groups == 0:
 				q.note(&ObjectError{q.name("cfs_rq"), own, ErrCycle})
 			default:
 				seen[own] = true
+				*q.groups--
 				todo = append(todo, queue{own, this.depth + 1})
 			}
 			return nil
@@ -271,10 +274,11 @@ func (q *runQueue) realtime(ctx context.Context, rq *Object) {
 					q.note(err)
 				case own == 0:
 					q.add(ctx, at-offset, "rt")
-				case seen[own] || len(seen) >= maxGroups:
+				case seen[own] || *q.groups == 0:
 					q.note(&ObjectError{q.name("rt_rq"), own, ErrCycle})
 				default:
 					seen[own] = true
+					*q.groups--
 					todo = append(todo, own)
 				}
 				return nil

@@ -7,7 +7,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"slices"
+	"hash/maphash"
+	"math/bits"
 
 	"github.com/cilium/ebpf/btf"
 )
@@ -25,6 +26,11 @@ type typeGraph struct {
 	tags    map[btf.TypeID][]btf.TypeID // declaration tags by what they are of
 	visited []bool                      // decoded by now
 	base    *typeGraph
+
+	// The index of names. Each number is one of a type, from 1 on; chain has
+	// the next one whose name has the same hash.
+	seed         maphash.Seed
+	heads, chain []uint32
 }
 
 // maxTypeDepth bounds the chain of references that the decoder follows:
@@ -107,44 +113,51 @@ func (g *typeGraph) kind(at int) (kind, vlen int) {
 	return int(info >> 24 & 0x1f), int(info & 0xffff)
 }
 
-// named finds the types with exactly the name.
+// named finds the types with exactly the name, in the order of their ids. It
+// makes the index of names when it is first called.
 func (g *typeGraph) named(name string) []btf.TypeID {
-	at := g.stringsAt(name)
-	if len(at) == 0 {
-		return nil
+	if g.heads == nil {
+		g.index()
 	}
 	var ids []btf.TypeID
-	for i, offset := range g.offsets {
-		if slices.Contains(at, binary.LittleEndian.Uint32(g.types[offset:])) {
-			ids = append(ids, g.first+btf.TypeID(i))
+	for i := g.heads[g.slot([]byte(name))]; i != 0; i = g.chain[i-1] {
+		if string(g.nameOf(int(i-1))) == name {
+			ids = append(ids, g.first+btf.TypeID(i-1))
 		}
 	}
 	return ids
 }
 
-// stringsAt finds a whole string in the table and in that of the base. Each
-// table has a string once.
-func (g *typeGraph) stringsAt(name string) []uint32 {
-	if name == "" {
-		return []uint32{0}
+func (g *typeGraph) index() {
+	g.seed = maphash.MakeSeed()
+	g.heads = make([]uint32, 1<<bits.Len(uint(len(g.offsets))))
+	g.chain = make([]uint32, len(g.offsets))
+	for i := len(g.offsets) - 1; i >= 0; i-- {
+		slot := &g.heads[g.slot(g.nameOf(i))]
+		g.chain[i], *slot = *slot, uint32(i+1)
 	}
-	var found []uint32
-	start := 0
-	whole := append([]byte(name), 0)
-	if g.base != nil {
-		found = g.base.stringsAt(name)
-		for b := g.base; b != nil; b = b.base {
-			start += len(b.strings)
-		}
-		// The first byte of a module's strings begins one.
-		if bytes.HasPrefix(g.strings, whole) {
-			return append(found, uint32(start))
-		}
+}
+
+func (g *typeGraph) slot(name []byte) uint64 {
+	return maphash.Bytes(g.seed, name) & uint64(len(g.heads)-1)
+}
+
+// nameOf is the name of the i-th type, empty if it has none.
+func (g *typeGraph) nameOf(i int) []byte {
+	return g.string(binary.LittleEndian.Uint32(g.types[g.offsets[i]:]))
+}
+
+// string is the one at an offset, empty if there is none.
+func (g *typeGraph) string(at uint32) []byte {
+	offset := int64(at)
+	for b := g.base; b != nil; b = b.base {
+		offset -= int64(len(b.strings))
 	}
-	if i := bytes.Index(g.strings, append([]byte{0}, whole...)); i >= 0 {
-		found = append(found, uint32(start+i+1))
+	if offset < 0 {
+		return g.base.string(at)
 	}
-	return found
+	rest := g.strings[min(offset, int64(len(g.strings))):]
+	return rest[:max(bytes.IndexByte(rest, 0), 0)]
 }
 
 // reference is the i-th type that the type at offset refers to, in the order

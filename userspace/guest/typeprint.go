@@ -22,30 +22,14 @@ func (t *Types) Names() []string {
 		for _, offset := range g.offsets {
 			switch kind, _ := g.kind(int(offset)); kind {
 			case btfStruct, btfUnion, btfEnum, btfEnum64, btfTypedef:
-				if name := g.string(binary.LittleEndian.Uint32(g.types[offset:])); name != "" {
-					names = append(names, name)
+				if name := g.string(binary.LittleEndian.Uint32(g.types[offset:])); len(name) > 0 {
+					names = append(names, string(name))
 				}
 			}
 		}
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
-}
-
-// string is the one at an offset, empty if there is none.
-func (g *typeGraph) string(at uint32) string {
-	below := 0
-	for b := g.base; b != nil; b = b.base {
-		below += len(b.strings)
-	}
-	if int64(at) < int64(below) {
-		return g.base.string(at)
-	}
-	rest := g.strings[min(int64(at)-int64(below), int64(len(g.strings))):]
-	if i := slices.Index(rest, 0); i >= 0 {
-		return string(rest[:i])
-	}
-	return ""
 }
 
 // Declaration writes a type as C declares it: "task_struct", "struct

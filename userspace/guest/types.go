@@ -553,8 +553,8 @@ const (
 // which the first task looks like one. The error wraps ErrNoTypes, ErrBadTypes
 // or is the Space's.
 func ReadTypes(ctx context.Context, k *Kernel) (*Types, error) {
-	start, ok1 := k.Image.Lookup("__start_BTF")
-	stop, ok2 := k.Image.Lookup("__stop_BTF")
+	start, ok1 := k.Image.Lookup(startBTF)
+	stop, ok2 := k.Image.Lookup(stopBTF)
 	if !ok1 || !ok2 {
 		return nil, ErrNoTypes
 	}
@@ -569,27 +569,64 @@ func ReadTypes(ctx context.Context, k *Kernel) (*Types, error) {
 	return nil, err
 }
 
+// Symbols of the kernel's own BTF.
+const startBTF, stopBTF = "__start_BTF", "__stop_BTF"
+
 func (k *Kernel) typesAt(ctx context.Context, start, stop uint64) (*Types, error) {
-	if stop <= start || stop-start < minBTF || stop-start > maxBTF {
-		return nil, &ObjectError{"BTF", start, fmt.Errorf("%w: it has %d bytes", ErrBadTypes, stop-start)}
+	d := k.decoding
+	if k.decoding = nil; d == nil || d.at != (Extent{start, stop}) {
+		d = k.readBTF(ctx, Extent{start, stop})
 	}
-	raw := make([]byte, stop-start)
-	if err := k.Space.Read(ctx, start, raw); err != nil {
-		return nil, &ObjectError{"BTF", start, err}
+	<-d.done
+	t, err := d.types, d.err
+	if err == nil {
+		t, err = k.own(ctx, t)
 	}
-	t, err := k.types(ctx, raw)
 	if err != nil {
 		return nil, &ObjectError{"BTF", start, err}
 	}
 	return t, nil
 }
 
-// types decodes BTF and takes it if it is this kernel's.
-func (k *Kernel) types(ctx context.Context, raw []byte) (*Types, error) {
-	t, err := k.cache.parseTypes(raw)
-	if err != nil {
-		return nil, err
+// decoding is BTF that is being decoded.
+type decoding struct {
+	at    Extent
+	done  chan struct{} // closed when what follows is set
+	types *Types
+	err   error
+}
+
+// decodeTypes begins to decode what ReadTypes will, probably: to make out the
+// symbols takes as long, on another processor.
+func (k *Kernel) decodeTypes(ctx context.Context, x Extent) {
+	if x.Start != 0 && x.End != 0 {
+		k.decoding = k.readBTF(ctx, x)
 	}
+}
+
+func (k *Kernel) readBTF(ctx context.Context, x Extent) *decoding {
+	d := &decoding{at: x, done: make(chan struct{})}
+	fail := func(err error) *decoding {
+		d.err = err
+		close(d.done)
+		return d
+	}
+	if x.End <= x.Start || x.Size() < minBTF || x.Size() > maxBTF {
+		return fail(fmt.Errorf("%w: it has %d bytes", ErrBadTypes, x.End-x.Start))
+	}
+	raw := make([]byte, x.Size())
+	if err := k.Space.Read(ctx, x.Start, raw); err != nil {
+		return fail(err)
+	}
+	go func() {
+		defer close(d.done)
+		d.types, d.err = k.cache.parseTypes(raw)
+	}()
+	return d
+}
+
+// own takes types if they are this kernel's.
+func (k *Kernel) own(ctx context.Context, t *Types) (*Types, error) {
 	if err := t.check(); err != nil {
 		return nil, fmt.Errorf("%w: not a kernel's: %w", ErrBadTypes, err)
 	}
@@ -618,7 +655,11 @@ func (k *Kernel) searchTypes(ctx context.Context, tried Extent) *Types {
 		if x.Start+uint64(blob.start) == tried.Start && uint64(blob.end-blob.start) == tried.Size() {
 			continue
 		}
-		if t, err := k.types(ctx, slices.Clone(raw[blob.start:blob.end])); err == nil {
+		t, err := k.cache.parseTypes(slices.Clone(raw[blob.start:blob.end]))
+		if err == nil {
+			t, err = k.own(ctx, t)
+		}
+		if err == nil {
 			return t
 		}
 	}

@@ -77,6 +77,14 @@ func (m *Monitor) attach(ctx context.Context) error {
 			probe = handler
 		}
 		root, err := m.kernelRoot(ctx, probe)
+		if err != nil && probe != handler {
+			// Since 6.15 GS holds what is to be added to a per-CPU symbol, and
+			// not where anything is. The handler is mapped in both halves.
+			kernel := g.Mode.KernelHalf(m.leader.state.CR3, true)
+			if root, err = guest.KernelRoot(ctx, m.mem, g.Mode, kernel, handler); err != nil {
+				root, err = m.kernelRoot(ctx, handler)
+			}
+		}
 		if err != nil {
 			return m.unreadable("the kernel's page tables", err)
 		}

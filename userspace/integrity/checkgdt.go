@@ -149,21 +149,24 @@ func gdtrItems(g *Guest, cpu *kvmaccess.VCPU) []Item {
 }
 
 // ownGDT says whether the vCPU uses its table where the kernel may write it:
-// gdt_page in the CPU's own data, which GS points to (load_direct_gdt in
-// arch/x86/kernel/cpu/common.c). What is in it is checked all the same.
+// gdt_page in the CPU's own data (load_direct_gdt in
+// arch/x86/kernel/cpu/common.c). GS points to these data or, since 6.15, holds
+// what is to be added to a symbol of theirs. What is in it is checked all the
+// same.
 func (g *Guest) ownGDT(cpu *kvmaccess.VCPU) bool {
 	if !g.Mode.Long() || !g.Mode.Kernel(cpu.GDTR.Base) {
 		return false
 	}
 	const perCPU = 1 << 20 // more than the kernel's own data of a CPU
-	offset, limit := uint64(0), uint64(perCPU)
+	at, known := uint64(0), false
 	if g.Image != nil {
-		if at, ok := g.Image.Lookup("gdt_page"); ok && at < perCPU {
-			offset, limit = at, 1
-		}
+		at, known = g.Image.Lookup("gdt_page")
 	}
 	for _, base := range []uint64{cpu.GS.Base, cpu.KernelGSBase} {
-		if g.Mode.Kernel(base) && cpu.GDTR.Base-base-offset < limit {
+		switch {
+		case known && cpu.GDTR.Base-base == at:
+			return true
+		case !known && g.Mode.Kernel(base) && cpu.GDTR.Base-base < perCPU:
 			return true
 		}
 	}

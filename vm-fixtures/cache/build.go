@@ -32,7 +32,7 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 	if err != nil {
 		return nil, err
 	}
-	m := &manifest{Kernel: stock, Files: map[string]Digest{}}
+	m := &manifest{Kernel: stock}
 	images := map[string]string{kernelName: image}
 	if suite.Kernel != nil {
 		m.Guest = stock
@@ -66,10 +66,8 @@ func build(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*man
 	if err := run(ctx, "mksquashfs", tree, filepath.Join(dir, imageName), "-comp", "lz4", "-no-progress", "-quiet"); err != nil {
 		return nil, err
 	}
-	for _, name := range suite.artifacts() {
-		if m.Files[name], err = DigestFile(filepath.Join(dir, name)); err != nil {
-			return nil, err
-		}
+	if m.Files, err = digestFiles(dir, suite.artifacts()); err != nil {
+		return nil, err
 	}
 	m.Tree, err = digestTree(tree)
 	return m, err

@@ -12,8 +12,6 @@ package cache
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -168,15 +166,10 @@ func (r *Root) Key() string { return r.image.SHA256 }
 
 // key is what a recipe is recognised by.
 func (s Suite) key() string {
-	text, err := json.Marshal(struct {
+	return recipeKey(struct {
 		Recipe int
 		Suite  Suite
 	}{recipe, s})
-	if err != nil {
-		panic(err) // strings and ints always marshal
-	}
-	sum := sha256.Sum256(text)
-	return hex.EncodeToString(sum[:])
 }
 
 // stamp is the manifest with the recipe that it belongs to.
@@ -198,18 +191,8 @@ func (r *Root) verify() error {
 	if s.Recipe != r.Suite.key() {
 		return errors.New("it was made by another recipe")
 	}
-	for _, name := range r.Suite.artifacts() {
-		want, ok := s.Files[name]
-		if !ok {
-			return fmt.Errorf("%s: not in the manifest", name)
-		}
-		got, err := DigestFile(filepath.Join(r.dir, name))
-		if err != nil {
-			return fmt.Errorf("artifact is gone: %s", err) // not ErrNotExist: it once was there
-		}
-		if got != want {
-			return fmt.Errorf("%s: %d bytes, sha256 %s; was %d bytes, %s", name, got.Size, got.SHA256, want.Size, want.SHA256)
-		}
+	if err := verifyFiles(r.dir, r.Suite.artifacts(), s.Files); err != nil {
+		return err
 	}
 	r.Kernel, r.Guest, r.tree, r.image = s.Kernel, s.Guest, s.Tree, s.Files[imageName]
 	if r.Guest == "" {
@@ -234,15 +217,7 @@ func (r *Root) rebuild(ctx context.Context, build builder) error {
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(tmp))
 	}
-	text, err := json.MarshalIndent(stamp{Recipe: r.Suite.key(), manifest: *m}, "", "  ")
-	if err != nil {
-		return err
-	}
-	unix.Sync() // the stamp must not reach the disk before what it vouches for
-	if err := os.Rename(tmp, r.dir); err != nil {
-		return err
-	}
-	if err := writeAtomic(filepath.Join(r.dir, manifestName), text); err != nil {
+	if err := replace(r.dir, tmp, stamp{Recipe: r.Suite.key(), manifest: *m}); err != nil {
 		return err
 	}
 	r.log.Info("root file system is made", "suite", r.Suite.Name, "kernel", m.Kernel, "seconds", int(time.Since(start).Seconds()))

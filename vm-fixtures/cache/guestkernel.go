@@ -4,10 +4,6 @@ package cache
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -31,7 +27,8 @@ var guestKernels = []GuestKernel{
 	{Name: "5.10", Suite: guestSuite("bullseye", "linux-image-cloud-amd64")},
 	{Name: "6.1", Suite: guestSuite("bookworm", "linux-image-cloud-amd64", "-updates", "-security")},
 	{Name: "6.12", Suite: guestSuite("trixie", "linux-image-cloud-amd64", "-updates", "-security")},
-	{Name: "6.12-full", Suite: guestSuite("trixie", "linux-image-amd64", "-updates", "-security")},
+	// Its libcrc32c, which nf_tables needs, asks for this one by name alone.
+	{Name: "6.12-full", Suite: withModules(guestSuite("trixie", "linux-image-amd64", "-updates", "-security"), "crc32c_generic")},
 	{Name: "7.2", Suite: guestSuite("sid", "linux-image-cloud-amd64")},
 }
 
@@ -50,6 +47,12 @@ func guestSuite(name, kernel string, pockets ...string) Suite {
 		// virtio_pci is for guests without KVM, which have a PC's timers.
 		GuestModules: slices.Concat(guestModules, []string{"virtio_pci", "loop", "dm_mod", "overlay", "fuse", "nf_tables"}),
 	}
+}
+
+// withModules has the suite's guests load these modules before all others.
+func withModules(s Suite, names ...string) Suite {
+	s.GuestModules = slices.Concat(names, s.GuestModules)
+	return s
 }
 
 // GuestKernelNames are those there are, by ascending version.
@@ -73,13 +76,6 @@ func GuestKernelNamed(name string) (GuestKernel, error) {
 
 // guestKernelRecipe changes whenever guests' kernels are made differently.
 const guestKernelRecipe = 1
-
-// guestStamp is the manifest of a completed guest kernel.
-type guestStamp struct {
-	Recipe  string            `json:"recipe"`
-	Release string            `json:"release"` // as uname -r says
-	Files   map[string]Digest `json:"files"`
-}
 
 // GuestBoot is what boots a guest.
 type GuestBoot struct {
@@ -115,80 +111,25 @@ func openGuestKernel(ctx context.Context, base string, k GuestKernel, log *slog.
 	}); err != nil {
 		return GuestBoot{}, err
 	}
-	dir := filepath.Join(base, k.Name)
-	boot, err := verifyGuestKernel(dir, k)
-	if err == nil {
-		return boot, nil
-	}
-	if !errors.Is(err, os.ErrNotExist) {
-		log.Warn("a guest's kernel is not what it was: making it again", "kernel", k.Name, "why", err)
-	}
-	tmp := dir + ".new"
-	if err := errors.Join(os.RemoveAll(tmp), os.RemoveAll(dir), os.Mkdir(tmp, 0o755)); err != nil {
-		return GuestBoot{}, err
-	}
-	fail := func(err error) (GuestBoot, error) {
-		return GuestBoot{}, errors.Join(fmt.Errorf("guest kernel %s: %w", k.Name, err), os.RemoveAll(tmp))
-	}
-	s := guestStamp{Recipe: k.key(), Files: map[string]Digest{}}
-	if s.Release, err = build(ctx, tmp, k, log); err != nil {
-		return fail(err)
-	}
-	for _, name := range []string{kernelName, guestName} {
-		if s.Files[name], err = DigestFile(filepath.Join(tmp, name)); err != nil {
-			return fail(err)
+	a := artifacts{dir: filepath.Join(base, k.Name), names: []string{kernelName, guestName}, recipe: k.key()}
+	s, err := a.open(log, func(tmp string) (s sealed, err error) {
+		if s.Release, err = build(ctx, tmp, k, log); err != nil {
+			err = fmt.Errorf("guest kernel %s: %w", k.Name, err)
 		}
-	}
-	text, err := json.MarshalIndent(s, "", "  ")
+		return s, err
+	})
 	if err != nil {
-		return fail(err)
-	}
-	unix.Sync() // the stamp must not reach the disk before what it vouches for
-	if err := os.Rename(tmp, dir); err != nil {
-		return fail(err)
-	}
-	if err := writeAtomic(filepath.Join(dir, manifestName), text); err != nil {
 		return GuestBoot{}, err
 	}
-	return verifyGuestKernel(dir, k)
+	return GuestBoot{Release: s.Release, Vmlinuz: filepath.Join(a.dir, kernelName), Initramfs: filepath.Join(a.dir, guestName)}, nil
 }
 
 // key is what a recipe is recognised by.
 func (k GuestKernel) key() string {
-	text, err := json.Marshal(struct {
+	return recipeKey(struct {
 		Recipe int
 		Kernel GuestKernel
 	}{guestKernelRecipe, k})
-	if err != nil {
-		panic(err) // strings and ints always marshal
-	}
-	sum := sha256.Sum256(text)
-	return hex.EncodeToString(sum[:])
-}
-
-func verifyGuestKernel(dir string, k GuestKernel) (GuestBoot, error) {
-	text, err := os.ReadFile(filepath.Join(dir, manifestName))
-	if err != nil {
-		return GuestBoot{}, err
-	}
-	var s guestStamp
-	if err := json.Unmarshal(text, &s); err != nil {
-		return GuestBoot{}, fmt.Errorf("%s: %w", manifestName, err)
-	}
-	if s.Recipe != k.key() {
-		return GuestBoot{}, errors.New("it was made by another recipe")
-	}
-	boot := GuestBoot{Release: s.Release, Vmlinuz: filepath.Join(dir, kernelName), Initramfs: filepath.Join(dir, guestName)}
-	for _, file := range []string{boot.Vmlinuz, boot.Initramfs} {
-		got, err := DigestFile(file)
-		if err != nil {
-			return GuestBoot{}, fmt.Errorf("it is gone: %s", err) // not ErrNotExist: it once was there
-		}
-		if want := s.Files[filepath.Base(file)]; got != want {
-			return GuestBoot{}, fmt.Errorf("%s: %d bytes, sha256 %s; was %d bytes, %s", file, got.Size, got.SHA256, want.Size, want.SHA256)
-		}
-	}
-	return boot, nil
 }
 
 // buildGuestKernel leaves the kernel and its initramfs in dir.

@@ -4,10 +4,7 @@ package cache
 
 import (
 	"context"
-	"crypto/sha256"
 	_ "embed"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -15,8 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // Kernel is a kernel built from a suite's source package, in a root of that
@@ -43,77 +38,32 @@ const (
 	kernelModulesName = "modules.tar"
 )
 
-// kernelStamp is the manifest of a completed kernel.
-type kernelStamp struct {
-	Release string            `json:"release"` // as uname -r says
-	Package string            `json:"package"` // version of the source package
-	Files   map[string]Digest `json:"files"`
-}
-
 // kernel returns the directory of a suite's own kernel, which is built if it
 // is not there as it was once completed. Its only user is the root of this
 // suite, whose lock the caller has.
-func kernel(ctx context.Context, suite Suite, log *slog.Logger) (dir string, stamp *kernelStamp, err error) {
+func kernel(ctx context.Context, suite Suite, log *slog.Logger) (dir string, manifest sealed, err error) {
 	base, err := Dir()
 	if err != nil {
-		return "", nil, err
+		return "", manifest, err
 	}
-	text, err := json.Marshal(struct {
+	key := recipeKey(struct {
 		Recipe  int
 		Release string
 		Kernel  *Kernel
 	}{kernelRecipe, suite.release(), suite.Kernel})
-	if err != nil {
-		return "", nil, err
-	}
-	sum := sha256.Sum256(text)
-	dir = filepath.Join(base, "kernels", hex.EncodeToString(sum[:])[:32])
-	stamp, err = verifyKernel(dir)
-	if err == nil {
-		return dir, stamp, nil
-	}
-	if !errors.Is(err, os.ErrNotExist) {
-		log.Warn("a kernel is not what was built: building it again", "suite", suite.Name, "why", err)
-	}
-	tmp := dir + ".new"
-	if err := errors.Join(os.RemoveAll(tmp), os.RemoveAll(dir)); err != nil {
-		return "", nil, err
-	}
-	if err := os.MkdirAll(tmp, 0o755); err != nil {
-		return "", nil, err
-	}
-	if stamp, err = buildKernel(ctx, tmp, suite, log); err != nil {
-		return "", nil, errors.Join(fmt.Errorf("kernel: %w", err), os.RemoveAll(tmp))
-	}
-	if text, err = json.MarshalIndent(stamp, "", "  "); err != nil {
-		return "", nil, err
-	}
-	unix.Sync()
-	if err := os.Rename(tmp, dir); err != nil {
-		return "", nil, err
-	}
-	return dir, stamp, writeAtomic(filepath.Join(dir, manifestName), text)
+	dir = filepath.Join(base, "kernels", key[:32])
+	manifest, err = kernelArtifacts(dir).open(log, func(tmp string) (sealed, error) {
+		s, err := buildKernel(ctx, tmp, suite, log)
+		if err != nil {
+			err = fmt.Errorf("kernel: %w", err)
+		}
+		return s, err
+	})
+	return dir, manifest, err
 }
 
-func verifyKernel(dir string) (*kernelStamp, error) {
-	text, err := os.ReadFile(filepath.Join(dir, manifestName))
-	if err != nil {
-		return nil, err
-	}
-	var s kernelStamp
-	if err := json.Unmarshal(text, &s); err != nil {
-		return nil, fmt.Errorf("%s: %w", manifestName, err)
-	}
-	for _, name := range []string{kernelImageName, kernelModulesName} {
-		got, err := DigestFile(filepath.Join(dir, name))
-		if err != nil {
-			return nil, err
-		}
-		if got != s.Files[name] {
-			return nil, fmt.Errorf("%s: sha256 %s; was %s", name, got.SHA256, s.Files[name].SHA256)
-		}
-	}
-	return &s, nil
+func kernelArtifacts(dir string) artifacts {
+	return artifacts{dir: dir, names: []string{kernelImageName, kernelModulesName}}
 }
 
 // kernelScript builds in the root "$1", with "$2" at its /mnt, from the source
@@ -148,42 +98,39 @@ exec chroot "$1" /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C HOM
 `
 
 // buildKernel leaves the image and the archive in dir.
-func buildKernel(ctx context.Context, dir string, suite Suite, log *slog.Logger) (*kernelStamp, error) {
+func buildKernel(ctx context.Context, dir string, suite Suite, log *slog.Logger) (s sealed, err error) {
 	k := suite.Kernel
 	root, work := filepath.Join(dir, "root"), filepath.Join(dir, "work")
 	if err := os.Mkdir(work, 0o755); err != nil {
-		return nil, err
+		return s, err
 	}
 	with := suite
 	with.Packages = slices.Concat(k.Packages, []string{k.Source})
 	if err := bootstrap(ctx, root, "apt", with, log); err != nil {
-		return nil, err
+		return s, err
 	}
 	status, err := os.ReadFile(filepath.Join(root, "var/lib/dpkg/status"))
 	if err != nil {
-		return nil, err
+		return s, err
 	}
 	if err := os.WriteFile(filepath.Join(work, "config"), []byte(k.Config), 0o644); err != nil {
-		return nil, err
+		return s, err
 	}
 	version := packageVersion(string(status), k.Source)
 	stop := progress(log, "building the kernel, once; it takes twenty minutes or so", "suite", suite.Name, "source", version)
 	err = run(ctx, "unshare", "--mount", "--propagation", "private", "sh", "-c", kernelScript, "sh", root, work, k.Source)
 	stop()
 	if err != nil {
-		return nil, err
+		return s, err
 	}
 	release, err := os.ReadFile(filepath.Join(work, "release"))
 	if err != nil {
-		return nil, err
+		return s, err
 	}
-	s := &kernelStamp{Release: strings.TrimSpace(string(release)), Package: version, Files: map[string]Digest{}}
+	s.Release, s.Package = strings.TrimSpace(string(release)), version
 	for _, name := range []string{kernelImageName, kernelModulesName} {
 		if err := os.Rename(filepath.Join(work, name), filepath.Join(dir, name)); err != nil {
-			return nil, err
-		}
-		if s.Files[name], err = DigestFile(filepath.Join(dir, name)); err != nil {
-			return nil, err
+			return s, err
 		}
 	}
 	return s, errors.Join(os.RemoveAll(root), os.RemoveAll(work))
@@ -206,10 +153,10 @@ func packageVersion(status, name string) string {
 
 // installKernel adds a suite's own kernel to its root.
 func installKernel(ctx context.Context, tree string, suite Suite, log *slog.Logger) (image, release string, err error) {
-	dir, stamp, err := kernel(ctx, suite, log)
+	dir, manifest, err := kernel(ctx, suite, log)
 	if err != nil {
 		return "", "", err
 	}
 	err = run(ctx, "tar", "-C", filepath.Join(tree, "lib/modules"), "-xf", filepath.Join(dir, kernelModulesName))
-	return filepath.Join(dir, kernelImageName), stamp.Release, err
+	return filepath.Join(dir, kernelImageName), manifest.Release, err
 }

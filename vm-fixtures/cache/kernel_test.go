@@ -55,7 +55,7 @@ func TestSanitizersConfig(t *testing.T) {
 // A kernel is used again only as it was completed.
 func TestVerifyKernel(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := verifyKernel(dir); !os.IsNotExist(err) {
+	if _, err := kernelArtifacts(dir).verify(); !os.IsNotExist(err) {
 		t.Errorf("a kernel that is not there: %v", err)
 	}
 	files := map[string]string{kernelImageName: "image", kernelModulesName: "modules"}
@@ -75,7 +75,7 @@ func TestVerifyKernel(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, manifestName), []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if s, err := verifyKernel(dir); err != nil || s.Release != "6.12" {
+	if s, err := kernelArtifacts(dir).verify(); err != nil || s.Release != "6.12" {
 		t.Fatalf("%+v, %v", s, err)
 	}
 	for name, content := range files {
@@ -83,7 +83,7 @@ func TestVerifyKernel(t *testing.T) {
 		if err := os.WriteFile(file, []byte("other"), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := verifyKernel(dir); err == nil {
+		if _, err := kernelArtifacts(dir).verify(); err == nil {
 			t.Errorf("%s may change", name)
 		}
 		if err := os.WriteFile(file, []byte(content), 0o644); err != nil {

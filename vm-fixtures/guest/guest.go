@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -145,7 +146,7 @@ func (g *Guest) failed(err error) error {
 // Up waits until the guest's agent answers.
 func (g *Guest) Up(ctx context.Context) error {
 	// What is sent before the guest's driver is there waits in the socket.
-	if _, err := g.Ask(ctx, agent.Request{Op: agent.OpPing}); err != nil {
+	if _, err := g.ask(ctx, agent.Request{Op: agent.OpPing}); err != nil {
 		return g.failed(err)
 	}
 	return nil
@@ -236,8 +237,17 @@ func (g *Guest) dial(ctx context.Context, path string) (net.Conn, error) {
 	}
 }
 
-// Ask lets the guest's agent do something and waits until it has.
+// Ask lets the guest's agent do something and waits until it has. The error of
+// a guest that ended meanwhile has what it said last.
 func (g *Guest) Ask(ctx context.Context, q agent.Request) (agent.Reply, error) {
+	p, err := g.ask(ctx, q)
+	if err != nil && g.ended(err) {
+		err = g.failed(err)
+	}
+	return p, err
+}
+
+func (g *Guest) ask(ctx context.Context, q agent.Request) (agent.Reply, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	// A request that is given up leaves its reply behind: no more after it.
@@ -250,6 +260,19 @@ func (g *Guest) Ask(ctx context.Context, q agent.Request) (agent.Reply, error) {
 		err = fmt.Errorf("guest %s: %s: %w", g.Name, q.Op, err)
 	}
 	return p, err
+}
+
+// ended says whether an error of the connection is that QEMU ended, by itself.
+func (g *Guest) ended(err error) bool {
+	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+		return false
+	}
+	select {
+	case <-g.exit:
+		return true
+	case <-time.After(5 * time.Second):
+		return false
+	}
 }
 
 // Console is what the guest's kernel wrote so far.

@@ -47,3 +47,25 @@ func TestContradiction(t *testing.T) {
 		})
 	}
 }
+
+func TestSilentReset(t *testing.T) {
+	const (
+		boot = "CPU Reset (CPU 0)\nEAX=00000000 EBX=00000000\n"
+		said = "[  105.836491] netlink: 'tests.test': attribute type 2 has an invalid length.\r\n"
+	)
+	for _, tt := range []struct {
+		name, resets, console string
+		want                  bool
+	}{
+		{"silent", boot + "Triple fault\n", said, true},
+		{"no triple fault", boot, said, false},
+		{"no log", "", said, false},
+		{"not silent", boot + "Triple fault\n", said + "[  106.0] BUG: TASK stack guard page was hit at 0000000011937640\r\n", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if err := silentReset([]byte(tt.resets), []byte(tt.console)); errors.Is(err, errContradiction) != tt.want {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}

@@ -46,6 +46,7 @@ func (qemu) machine(ctx context.Context, dir string, root *cache.Root, c Config)
 	} else {
 		args = append(args, "-accel", "tcg,thread=multi", "-smp", strconv.Itoa(c.CPUs))
 	}
+	args = append(args, "-d", "cpu_reset", "-D", filepath.Join(dir, resetsName))
 	disk := func(name, file string) []string {
 		return []string{
 			"-drive", "if=none,format=raw,readonly=on,id=" + name + ",file=" + file,

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -76,7 +77,7 @@ var ErrTrouble = errors.New("the emulated host is in trouble")
 
 // Run boots the host and returns the command's exit code. An error says that
 // the host failed: it did not come up, its kernel complained, it ended
-// without the closing record, or took too long. Where the console proves that
+// without the closing record, or took too long. Where what it left proves that
 // it was the emulator's fault, all is run once more.
 func Run(ctx context.Context, c Config) (code int, err error) {
 	if len(c.Args) == 0 {
@@ -157,6 +158,7 @@ func kernelLine(c Config, more ...string) string {
 const (
 	consoleName   = "console"
 	portName      = "port"
+	resetsName    = "resets" // the emulator's log of them, if it has one
 	payloadName   = "payload.squashfs"
 	initramfsName = "initramfs.cpio"
 )
@@ -221,7 +223,11 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 		trouble = append(trouble, fmt.Errorf("its console says %q", m))
 	}
 	if err := errors.Join(trouble...); err != nil {
-		err = errors.Join(err, contradiction(console))
+		resets, lost := os.ReadFile(filepath.Join(dir, resetsName))
+		if errors.Is(lost, fs.ErrNotExist) {
+			lost = nil
+		}
+		err = errors.Join(err, lost, contradiction(console), silentReset(resets, console))
 		return 0, fmt.Errorf("%w: %w\nend of its console:\n%s", ErrTrouble, err, tail(console, 60))
 	}
 	c.Log.Info("the host is done", "exit", r.code, "seconds", int(time.Since(start).Seconds()))

@@ -74,7 +74,7 @@ func TestCLI(t *testing.T) {
 		{args: []string{"syscalls", "web1", "-s", symbols}, want: []string{"__x64_sys_getdents64"}},
 		{args: []string{"guest", "web1"}, want: []string{release, strings.TrimSpace(string(version.Data)), "process_vm_readv"}},
 		{args: []string{"ps", "web1"}, want: []string{"agent", "[kthreadd]"}},
-		{args: []string{"modules", "web1"}, want: []string{"virtio_console"}},
+		{args: []string{"modules", "web1"}, want: []string{"probe"}},
 		{args: []string{"symbols", "web1", "sys_call_table"}, want: []string{fmt.Sprintf("%016x", symbol(t, web, "sys_call_table"))}},
 		{args: []string{"symbols", "web1", fmt.Sprintf("%#x", symbol(t, web, "sys_call_table")+8)}, want: []string{"sys_call_table+0x8"}},
 		{args: []string{"types", "web1", "list_head"}, want: []string{"struct list_head {", "struct list_head *prev;"}},

@@ -91,12 +91,14 @@ func testContext(t *testing.T) context.Context {
 	return ctx
 }
 
-// sharedGuest returns a running guest with its probe loaded.
+// sharedGuest returns a running guest with its probe loaded. Of one that ended
+// though nobody ended it the test that finds it so fails; the next has a new one.
 func sharedGuest(t *testing.T, name string) *guest.Guest {
 	t.Helper()
 	if g, ok := shared[name]; ok {
 		select {
 		case <-g.Done():
+			delete(shared, name)
 			t.Fatalf("guest %s has ended; its console:\n%s", name, g.Console())
 		default:
 		}

@@ -6,6 +6,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -13,6 +14,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -30,25 +32,29 @@ func main() {
 	defer stop()
 	out := flag.String("out", "results/attach", "`directory` for the results")
 	suite := flag.String("suite", "bookworm", "Debian suite of the host")
-	kernels := flag.String("guests", strings.Join(cache.GuestKernelNames(), ","), "kernels of the guests")
-	n := flag.Int("n", 5, "attachments of each kind to each guest")
-	every := flag.Int("every", 1, "compare each `N`th struct only")
-	ways := flag.Int("ways", 2, "ways to boot each kernel: 1, with page-table isolation, or 2")
+	all := strings.Join(cache.GuestKernelNames(), ",")
+	kernels := flag.String("guests", all, "kernels of the guests, of "+all)
+	peers := flag.String("peers", "6.12", "those that drgn attaches to as well: 300 MB of debug info each; empty: none")
+	var o attach.Options
+	flag.IntVar(&o.N, "n", 5, "attachments of each kind to each guest")
+	flag.IntVar(&o.Every, "every", 1, "compare each `N`th struct only")
+	flag.IntVar(&o.Ways, "ways", 2, "ways to boot each kernel: 1, with page-table isolation, or 2")
 	flag.Parse()
-	if flag.NArg() > 0 || *n < 1 || *every < 1 || *ways < 1 || *kernels == "" {
+	o.Kernels = list(*kernels)
+	if flag.NArg() > 0 || o.N < 1 || o.Every < 1 || o.Ways < 1 || len(o.Kernels) == 0 {
 		fmt.Fprintln(os.Stderr, "benchattach: no arguments, and numbers from 1 on: see -help")
 		os.Exit(2)
 	}
 	var err error
 	if inside.OnHost() {
 		err = inside.Serve(func(alive func(string)) (*attach.Run, error) {
-			return attach.Measure(ctx, strings.Split(*kernels, ","), *n, *every, *ways, func(guest string) {
+			return attach.Measure(ctx, o, func(guest string) {
 				fmt.Fprintln(os.Stderr, "attaching:", guest)
 				alive(guest)
 			})
 		})
 	} else {
-		err = measure(ctx, *out, *suite, *kernels, *n, *every, *ways)
+		err = measure(ctx, *out, *suite, list(*peers), o)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "benchattach:", err)
@@ -56,7 +62,11 @@ func main() {
 	}
 }
 
-func measure(ctx context.Context, out, suite, kernels string, n, every, ways int) error {
+func list(text string) []string {
+	return strings.FieldsFunc(text, func(r rune) bool { return r == ',' })
+}
+
+func measure(ctx context.Context, out, suite string, peers []string, o attach.Options) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	start := time.Now()
 	rep := new(attach.Report)
@@ -64,19 +74,31 @@ func measure(ctx context.Context, out, suite, kernels string, n, every, ways int
 	if rep.Origin, err = report.ThisRun(ctx, log, "benchattach", os.Args[1:]); err != nil {
 		return err
 	}
+	kernels := strings.Join(o.Kernels, ",")
 	h, err := outside.NewHost(ctx, log, 2*time.Hour, "--suite", suite, "--cpu", "max", "--guest", kernels)
 	if err != nil {
 		return err
 	}
 	defer h.Close()
 	h.Stall = h.Timeout // by the wall's clock, hosts do not stand still
+	h.Flags = append(h.Flags, "--file", filepath.Join(h.Dir, "kvmaccess"))
+	if len(peers) > 0 {
+		p, err := cache.OpenPeer(ctx, peers, log)
+		if err != nil {
+			return fmt.Errorf("what drgn needs (-peers '' leaves it out): %w", err)
+		}
+		h.Flags = append(h.Flags, "--file", p.Root+":"+attach.PeerFile)
+		for kernel, file := range p.Debug {
+			h.Flags = append(h.Flags, "--file", file+":"+attach.PeerDebug(kernel))
+		}
+	}
 	before, err := load()
 	if err != nil {
 		return err
 	}
-	log.Info("measuring", "kernels", kernels, "attachments", n)
+	log.Info("measuring", "kernels", kernels, "attachments", o.N, "drgn", peers)
 	r, err := outside.Measure[attach.Run](ctx, h, "benchattach",
-		"-guests", kernels, "-n", strconv.Itoa(n), "-every", strconv.Itoa(every), "-ways", strconv.Itoa(ways))
+		"-guests", kernels, "-n", strconv.Itoa(o.N), "-every", strconv.Itoa(o.Every), "-ways", strconv.Itoa(o.Ways))
 	if err != nil {
 		return err
 	}
@@ -96,8 +118,9 @@ func measure(ctx context.Context, out, suite, kernels string, n, every, ways int
 	}
 	log.Info("results are written", "directory", out, "took", time.Since(start).Round(time.Second))
 	for _, row := range rep.Rows {
-		fmt.Printf("%-40s %6d of %6d symbols, %6d of %6d offsets, cold %.2f s, cached %.2f s, %d bytes\n",
-			row.Guest, row.SymbolsEqual, row.Symbols, row.OffsetsEqual, row.Offsets, row.AttachCold, row.AttachCached, row.BytesRead)
+		fmt.Printf("%-40s %6d of %6d symbols, %6d of %6d offsets, cold %.2f s, cached %.2f s, %d bytes; %s %.2f s\n",
+			row.Guest, row.SymbolsEqual, row.Symbols, row.OffsetsEqual, row.Offsets, row.AttachCold, row.AttachCached, row.BytesRead,
+			cmp.Or(row.Peer, "no peer"), row.PeerSeconds)
 	}
 	return nil
 }

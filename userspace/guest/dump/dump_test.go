@@ -10,8 +10,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -505,6 +507,15 @@ func FuzzOpen(f *testing.F) {
 			f.Fatal(err)
 		}
 		f.Add(out.Bytes())
+	}
+	// A real guest's registers and the first page of its memory.
+	real := readWhole(f)
+	first := slices.Min(slices.Collect(maps.Keys(real.Pages)))
+	real.Pages = guest.Pages{first: real.Pages[first]}
+	for format, content := range files(f, real) {
+		if format != FormatRaw {
+			f.Add(content)
+		}
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		d, err := open(b)

@@ -10,7 +10,7 @@ import (
 // others are files that could be taken for images of physical memory, by how
 // they begin.
 var others = []struct{ magic, what string }{
-	{"KDUMP   ", "a kdump-compressed dump: write it without -z (dump-guest-memory FILE; virsh dump --memory-only --format elf)"},
+	{"KDUMP   ", "a kdump-compressed dump: write it without -z, -l, -s and -R (dump-guest-memory FILE; virsh dump --memory-only --format elf)"},
 	{"DISKDUMP", "a diskdump dump: makedumpfile -E writes an ELF file"},
 	{"makedumpfile\x00", "a dump in makedumpfile's flat format: makedumpfile -R rearranges it, and -E writes an ELF file"},
 	{"AVML", "an image that AVML compressed: avml-convert --source-format lime_compressed --format lime makes it a LiME image"},

@@ -6,7 +6,9 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,7 +26,7 @@ import (
 // beside it made it.
 const whole = "../testdata/whole/debian12.snapshot.xz"
 
-func readWhole(t *testing.T) *guest.Snapshot {
+func readWhole(t testing.TB) *guest.Snapshot {
 	t.Helper()
 	f, err := os.Open(whole)
 	if err != nil {
@@ -40,7 +42,7 @@ func readWhole(t *testing.T) *guest.Snapshot {
 
 // files writes the guest as each kind of dump there is. Pages that the snapshot
 // lacks are absent, and zero in the raw image.
-func files(t *testing.T, s *guest.Snapshot) map[Format][]byte {
+func files(t testing.TB, s *guest.Snapshot) map[Format][]byte {
 	t.Helper()
 	regions, err := s.Regions(t.Context())
 	if err != nil {
@@ -223,4 +225,63 @@ func TestImpliedVCPUs(t *testing.T) {
 	if found := check(); len(found) != 1 || found[0].Entry == nil || *found[0].Entry != pageFault {
 		t.Errorf("findings of a gate that leads elsewhere: %+v", found)
 	}
+}
+
+// FuzzAttach changes words of a real guest's memory and registers: attaching to
+// it, and listing what it has, ends; without a kernel in an error that says
+// which kind of guest it is, or with one whose symbols hold together.
+func FuzzAttach(f *testing.F) {
+	s := readWhole(f)
+	frames := slices.Sorted(maps.Keys(s.Pages))
+	edit := func(page, offset uint16, value uint64) []byte {
+		return binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint16(binary.LittleEndian.AppendUint16(nil, page), offset), value)
+	}
+	f.Add(false, []byte(nil))
+	f.Add(true, []byte(nil))
+	for i := range 6 {
+		page := uint16(i * len(frames) / 6)
+		f.Add(i%2 == 0, slices.Concat(edit(page, 0, 0), edit(page, 8, ^uint64(0)), edit(page+1, 512, frames[i]|3)))
+	}
+	reasons := []error{
+		guest.ErrNotLinux, guest.ErrNotBooted, guest.Err32Bit, guest.ErrNoMemory, guest.ErrNoTables, kvmaccess.ErrNoMemslot,
+	}
+	f.Fuzz(func(t *testing.T, registers bool, edits []byte) {
+		changed := &guest.Snapshot{CPUs: slices.Clone(s.CPUs), Pages: maps.Clone(s.Pages)}
+		const size, most = 12, 16
+		for n := 0; len(edits) >= size && n < most; n++ {
+			gpa := frames[int(binary.LittleEndian.Uint16(edits))%len(frames)]
+			page := *changed.Pages[gpa]
+			copy(page[binary.LittleEndian.Uint16(edits[2:])&4088:], edits[4:size])
+			changed.Pages[gpa] = &page
+			edits = edits[size:]
+		}
+		if len(edits) >= 8 && registers {
+			v := binary.LittleEndian.Uint64(edits)
+			for i, field := range []*uint64{&changed.CPUs[0].CR3, &changed.CPUs[0].IDTR.Base, &changed.CPUs[0].CR4, &changed.CPUs[0].CR0} {
+				if edits[0]>>i&1 != 0 {
+					*field ^= v >> 8
+				}
+			}
+		}
+		if !registers {
+			changed.CPUs = nil
+		}
+		k, err := guest.Attach(t.Context(), &Dump{whole: changed}, guest.AttachOptions{})
+		if err != nil {
+			if !slices.ContainsFunc(reasons, func(reason error) bool { return errors.Is(err, reason) }) {
+				t.Fatalf("what kind of guest it is is not said: %v", err)
+			}
+			return
+		}
+		if k.Image.Len() == 0 || k.Text.Size() == 0 {
+			t.Errorf("%d symbols, text %#x", k.Image.Len(), k.Text)
+		}
+		k.Tasks(t.Context())
+		k.PIDTable(t.Context())
+		k.Modules(t.Context())
+		k.ModuleAreas(t.Context())
+		k.RunQueues(t.Context())
+		k.Refresh(t.Context())
+		k.Runs(t.Context(), changed.CPUs)
+	})
 }

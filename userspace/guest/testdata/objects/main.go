@@ -66,7 +66,7 @@ func run(name string, proc map[string]string, note, out string) error {
 	}
 	r := guest.NewRecorder(k.Space.Memory)
 	k.Space.Memory = r
-	if err := look(ctx, k); err != nil {
+	if err := prune.Look(ctx, k); err != nil {
 		return err
 	}
 	s.Pages = r.Pages
@@ -74,32 +74,6 @@ func run(name string, proc map[string]string, note, out string) error {
 		return err
 	}
 	return prune.Pack(out+".kallsyms.gz", symbols(k.Image))
-}
-
-// look reads all that tests read.
-func look(ctx context.Context, k *guest.Kernel) error {
-	var errs []error
-	note := func(_ any, err error) { errs = append(errs, err) }
-	note(k.Tasks(ctx))
-	note(k.PIDTable(ctx))
-	note(k.RunQueues(ctx))
-	note(k.Modules(ctx))
-	note(k.ModuleTree(ctx))
-	note(k.ModuleKset(ctx))
-	note(k.ModuleAreas(ctx))
-	note(k.CPUTables(ctx))
-	note(k.SyscallTables(ctx))
-	note(k.Dispatchers(ctx))
-	for i := -1; i < len(k.CPUs); i++ {
-		_, _, err := k.Interrupts(ctx, i)
-		errs = append(errs, err)
-	}
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // wanted are the symbols that code looks up, or that handlers have.

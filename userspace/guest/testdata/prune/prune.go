@@ -43,6 +43,28 @@ func Attach(ctx context.Context, name, out string, types []string, enums ...stri
 	return k, Pack(out+".btf.gz", small)
 }
 
+// Look reads the tasks, modules, descriptor tables and system calls of a kernel
+// in each way that there is.
+func Look(ctx context.Context, k *guest.Kernel) error {
+	var errs []error
+	note := func(_ any, err error) { errs = append(errs, err) }
+	note(k.Tasks(ctx))
+	note(k.PIDTable(ctx))
+	note(k.RunQueues(ctx))
+	note(k.Modules(ctx))
+	note(k.ModuleTree(ctx))
+	note(k.ModuleKset(ctx))
+	note(k.ModuleAreas(ctx))
+	note(k.CPUTables(ctx))
+	note(k.SyscallTables(ctx))
+	note(k.Dispatchers(ctx))
+	for i := -1; i < len(k.CPUs); i++ { // -1: the kernel's own
+		_, _, err := k.Interrupts(ctx, i)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
 // Write writes a snapshot to a file.
 func Write(name string, s *guest.Snapshot) error {
 	file, err := os.Create(name)

@@ -30,6 +30,7 @@ import (
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/testdata/prune"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 )
 
@@ -122,19 +123,9 @@ func look(ctx context.Context, src guest.Source) error {
 	if err != nil {
 		return err
 	}
-	var errs []error
+	errs := []error{prune.Look(ctx, k)}
 	note := func(_ any, err error) { errs = append(errs, err) }
-	note(k.Tasks(ctx))
-	note(k.PIDTable(ctx))
-	note(k.RunQueues(ctx))
-	note(k.Modules(ctx))
-	note(k.ModuleTree(ctx))
-	note(k.ModuleKset(ctx))
-	note(k.ModuleAreas(ctx))
-	note(k.CPUTables(ctx))
 	note(k.ImpliedVCPUs(ctx))
-	note(k.SyscallTables(ctx))
-	note(k.Dispatchers(ctx))
 	note(k.Ftrace(ctx))
 	note(k.Kprobes(ctx))
 	note(k.JumpSites(ctx))
