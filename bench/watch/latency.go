@@ -72,7 +72,7 @@ func (c *Changes) take(ctx context.Context, b *inside.Bench, n int, random *rand
 	}()
 	read := []kvmaccess.RangeData{{}}
 	for i := range n {
-		if err := inside.Pause(ctx, quiet+time.Duration(random.Int64N(int64(2*c.Period)))); err != nil {
+		if err := inside.Sleep(ctx, quiet+time.Duration(random.Int64N(int64(2*c.Period)))); err != nil {
 			return err
 		}
 		at := random.IntN(compared)

@@ -17,13 +17,24 @@ import (
 	"github.com/kvmaccess/kvmaccess/bench/sample"
 )
 
+// mib is a number of bytes in MiB.
+func mib(n any) string {
+	switch n := n.(type) {
+	case int:
+		return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+	case uint64:
+		return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+	}
+	return fmt.Sprint(n)
+}
+
 //go:embed report.md.tmpl
 var text string
 
 var page = template.Must(template.New("report").Funcs(report.Funcs).Funcs(template.FuncMap{
 	"parts": func() string { return strings.Join(Parts, " | ") },
 	"ms":    func(s float64) string { return fmt.Sprintf("%.3f ms", 1e3*s) },
-	"mib":   func(n uint64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) },
+	"mib":   mib,
 	"per":   func(a overhead.Statistic, bytes int) string { return fmt.Sprintf("%.3f", a.Median/float64(bytes)) },
 }).Parse(text))
 
@@ -96,10 +107,12 @@ func transientTable(all []Transient) [][]string {
 	return rows
 }
 
-func bulkTable(b *Bulk) [][]string {
-	rows := [][]string{{"bytes", "read_ns", "memcpy_ns", "go_copy_ns"}}
-	for i := range b.Read {
-		rows = append(rows, []string{strconv.Itoa(b.Bytes), integer(b.Read[i]), integer(b.Memcpy[i]), integer(b.GoCopy[i])})
+func bulkTable(all []Bulk) [][]string {
+	rows := [][]string{{"pages", "bytes", "read_ns", "memcpy_ns", "go_copy_ns"}}
+	for _, b := range all {
+		for i := range b.Read {
+			rows = append(rows, []string{b.Pages, strconv.Itoa(b.Bytes), integer(b.Read[i]), integer(b.Memcpy[i]), integer(b.GoCopy[i])})
+		}
 	}
 	return rows
 }

@@ -25,7 +25,7 @@ type Results struct {
 	Ticks     []Tick
 	Latency   []Changes
 	Transient []Transient
-	Bulk      *Bulk
+	Bulk      []Bulk
 	Linux     *Linux
 	// Peers and Scale are of runs of their own; nil: there was none.
 	Peers *peers.Summary
@@ -67,7 +67,7 @@ type Summary struct {
 	Undone     []Probability `json:"transient"`
 	Changed    int           `json:"changes"`
 	SlowdownOf Slow          `json:"guest_slowdown_10ms"`
-	BulkOf     BulkCost      `json:"bulk"`
+	BulkOf     []BulkCost    `json:"bulk"`
 	Pass       PassCost      `json:"pass"`
 	report.Origin
 }
@@ -137,6 +137,8 @@ type Slow struct {
 
 // BulkCost is what reading and copying as much cost, in instructions.
 type BulkCost struct {
+	Pages  string             `json:"pages"`
+	Ratio  float64            `json:"ratio"` // of memcpy's to that of reading
 	Bytes  int                `json:"bytes"`
 	Read   overhead.Statistic `json:"read"`
 	Memcpy overhead.Statistic `json:"memcpy"`
@@ -155,9 +157,6 @@ type PassCost struct {
 	CPUPercent overhead.Statistic `json:"cpu_percent"`
 	Account    overhead.Statistic `json:"account_percent"`
 }
-
-// BulkBytes is how much is read at once.
-func (s *Summary) BulkBytes() uint64 { return uint64(s.BulkOf.Bytes) }
 
 // Summarize works out what the results say.
 func Summarize(r *Results, origin report.Origin, quick bool) (*Summary, error) {
@@ -311,13 +310,22 @@ func wilson(p, n float64) (low, high float64) {
 }
 
 func (s *Summary) bulk(r *Results) error {
-	b := BulkCost{Bytes: r.Bulk.Bytes}
-	var err1, err2, err3 error
-	b.Read, err1 = overhead.Spread(floats(r.Bulk.Read))
-	b.Memcpy, err2 = overhead.Spread(floats(r.Bulk.Memcpy))
-	b.GoCopy, err3 = overhead.Spread(floats(r.Bulk.GoCopy))
-	s.BulkOf, s.BulkRatio = b, b.Memcpy.Median/b.Read.Median
-	return errors.Join(err1, err2, err3)
+	for _, of := range r.Bulk {
+		b := BulkCost{Pages: of.Pages, Bytes: of.Bytes}
+		var err1, err2, err3 error
+		b.Read, err1 = overhead.Spread(floats(of.Read))
+		b.Memcpy, err2 = overhead.Spread(floats(of.Memcpy))
+		b.GoCopy, err3 = overhead.Spread(floats(of.GoCopy))
+		if err := errors.Join(err1, err2, err3); err != nil {
+			return fmt.Errorf("bulk, pages of %s: %w", of.Pages, err)
+		}
+		b.Ratio = b.Memcpy.Median / b.Read.Median
+		if of.Pages == HugePages {
+			s.BulkRatio = b.Ratio
+		}
+		s.BulkOf = append(s.BulkOf, b)
+	}
+	return nil
 }
 
 func (s *Summary) linux(r *Results) error {
@@ -391,7 +399,7 @@ func (s *Summary) reach() {
 		low <= 0 && high >= 0 && high < ReachSlowdown,
 		fmt.Sprintf("the host has one CPU, so that each tick is taken from the guest: %.0f instructions of each 10 ms are %.3f%%, and the instruction clock has little noise for that to be lost in",
 			s.SlowdownOf.Tick, 100*s.SlowdownOf.Tick/float64(slowPeriod)))
-	add("bulk read / memcpy", fmt.Sprintf("%.3f", s.BulkRatio), fmt.Sprintf("≥ %g", ReachBulk), s.BulkRatio >= ReachBulk,
+	add("bulk read / memcpy, memory in huge pages", fmt.Sprintf("%.3f", s.BulkRatio), fmt.Sprintf("≥ %g", ReachBulk), s.BulkRatio >= ReachBulk,
 		"the kernel finds and maps each page of the VMM's memory before it copies it")
 	add("change to finding, median over half a period", fmt.Sprintf("%+.3f ms", 1e3*s.LatencyMedian), "≤ 1 ms", s.LatencyMedian <= ReachExcess, "see below")
 	add("change to finding, maximum over a period", fmt.Sprintf("%+.3f ms", 1e3*s.LatencyMax), "≤ 1 ms", s.LatencyMax <= ReachExcess, "see below")

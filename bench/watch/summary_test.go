@@ -51,7 +51,8 @@ func TestTrace(t *testing.T) {
 
 // results are as if each tick took 5,000 instructions and 1,000 around them.
 func results() *Results {
-	r := &Results{Bulk: &Bulk{Bytes: 1000, Read: []int64{1250}, Memcpy: []int64{1000}, GoCopy: []int64{50}},
+	r := &Results{Bulk: []Bulk{{Pages: HugePages, Bytes: 1000, Read: []int64{1250}, Memcpy: []int64{1000}, GoCopy: []int64{50}},
+		{Pages: SmallPages, Bytes: 1000, Read: []int64{1400}, Memcpy: []int64{1000}, GoCopy: []int64{50}}},
 		Peers: &peers.Summary{QMPCostRatio: 0.005, Origin: report.Origin{Command: "peers"}},
 		Scale: &scale.Summary{ScaleCostRatio: 1.5, Origin: report.Origin{Command: "scale"}},
 		Linux: &Linux{Kernel: "1.2.3",

@@ -70,7 +70,7 @@ func (t *Transient) take(ctx context.Context, b *inside.Bench, g *inside.Tiny, n
 	least := max(50*time.Microsecond, t.Period/100)
 	span := math.Log(float64(2*t.Period) / float64(least))
 	for i := range n {
-		if err := inside.Pause(ctx, quiet+time.Duration(random.Int64N(int64(t.Period)))); err != nil {
+		if err := inside.Sleep(ctx, quiet+time.Duration(random.Int64N(int64(t.Period)))); err != nil {
 			return err
 		}
 		length := time.Duration(float64(least) * math.Exp(span*random.Float64()))
@@ -80,7 +80,7 @@ func (t *Transient) take(ctx context.Context, b *inside.Bench, g *inside.Tiny, n
 			return err
 		}
 		live[at] ^= 1
-		if err := inside.Pause(ctx, length); err != nil {
+		if err := inside.Sleep(ctx, length); err != nil {
 			return err
 		}
 		live[at] = want[at]

@@ -3,9 +3,15 @@
 // Package daemon watches every VM of this host and tells what it found.
 //
 // It is a handful of services under one run group: a watcher that knows the
-// host's VMs and checks them on a schedule, a journal that keeps findings and
+// host's VMs and has each checked by a keeper, a journal that keeps findings and
 // baselines through restarts and writes findings out as JSON lines, and an
 // HTTP/JSON API on a unix socket, which Dial opens for Go programs.
+//
+// In poll mode the keepers' ticks share a lane, which runs them on a schedule. In
+// watch mode a keeper looks at its VM, has the module compare what it saw (guard),
+// and sleeps until the module tells of a change; then it looks again, by the same
+// tick, and what it finds goes the same way. The code of guests' kernels has a
+// watch of its own (codeWatch), and a budget may choose the periods.
 //
 // # API
 //

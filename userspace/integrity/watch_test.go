@@ -450,3 +450,96 @@ func TestCodeLook(t *testing.T) {
 		t.Error("a copy that ends too soon is taken for one")
 	}
 }
+
+// What no table explains is found, told again by nobody, and in order again
+// when it is; a Monitor that comes later has the same copy.
+func TestText(t *testing.T) {
+	w := speaking(made(t, true, 0x1000000, 2))
+	s, d := &memoryScratch{}, kvmaccess.NewDigester(kvmaccess.WatchKey{3})
+	// BTF of one type, which no table of the kernel is of.
+	raw := []byte{0x9f, 0xeb, 1, 0, 24, 0, 0, 0, 0, 0, 0, 0, 16, 0, 0, 0, 16, 0, 0, 0, 5, 0, 0, 0}
+	raw = append(raw, 1, 0, 0, 0, 0, 0, 0, 1, 4, 0, 0, 0, 32, 0, 0, 0)
+	raw = append(raw, "\x00int\x00"...)
+	types, err := guest.ParseTypes(raw, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attach := func(b *Baseline) *Monitor {
+		m := w.monitor(Options{Settle: -1, Scratch: s, Baseline: b})
+		w.quiet(m)
+		w.watching(m)
+		m.g.Kernel.Types = types
+		return m
+	}
+	look := func(m *Monitor) []string {
+		t.Helper()
+		l, err := m.StartText(t.Context(), d)
+		if err != nil || l == nil {
+			t.Fatalf("%v, %v", l, err)
+		}
+		if err := l.Run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		found, err := m.FinishText(t.Context(), l)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.quiet(m)
+		return texts(found)
+	}
+	m := attach(nil)
+	want := func(m *Monitor, want ...string) {
+		t.Helper()
+		if diff := cmp.Diff(append([]string{}, want...), look(m)); diff != "" {
+			t.Errorf("-want +got\n%s", diff)
+		}
+	}
+	want(m)
+	before := m.WatchText()
+	digests := 0
+	for _, it := range before.Items {
+		digests += len(it.Digests)
+	}
+	if uint64(digests)*kvmaccess.PageSize != m.g.Code.Bytes() || len(before.Items) == digests || len(m.Accepted()) != 0 {
+		t.Errorf("%d digests of %d bytes in %d items", digests, m.g.Code.Bytes(), len(before.Items))
+	}
+	at := w.at("__x64_sys_kill_other") + 8
+	old := w.put(at, 0xc3c3c3c3c3c3c3c3)
+	message := fmt.Sprintf("changed: kernel code of guest web1 is now overwritten (at %#x __x64_sys_kill_other+0x8 is c3 c3 c3 c3 c3 c3 c3 c3, was 90 90 90 90 90 90 90 90, which no table of the kernel explains), was as it was", at)
+	want(m, message)
+	want(m)
+	if diff := cmp.Diff(keysOf(before), keysOf(m.WatchText())); diff == "" {
+		t.Error("the module is to expect what was there before")
+	}
+
+	b := m.Baseline()
+	m = attach(&b)
+	want(m)
+	w.put(at, old)
+	want(m, "cleared: kernel code of guest web1 is as it was again")
+	if diff := cmp.Diff(keysOf(before), keysOf(m.WatchText())); diff != "" {
+		t.Errorf("digests: -before +after\n%s", diff)
+	}
+
+	// What changes while nobody looks is found, too.
+	b = m.Baseline()
+	w.put(at, 0xc3c3c3c3c3c3c3c3)
+	m = attach(&b)
+	want(m, message)
+	w.put(at, old)
+	want(m, "cleared: kernel code of guest web1 is as it was again")
+
+	// A kernel that runs no more says nothing.
+	l, err := m.StartText(t.Context(), d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.put(at, 1)
+	if err := l.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.CPUs[0].CR0 = 0x60000010
+	if found, err := m.FinishText(t.Context(), l); len(found) != 0 || err != nil {
+		t.Errorf("of a guest that restarts: %q, %v", texts(found), err)
+	}
+}

@@ -108,7 +108,7 @@ func take(ctx context.Context, part string, n, pairs int, seed uint64) error {
 	case transient:
 		return inside.Serve(func(alive func(string)) ([]watch.Transient, error) { return watch.Transients(ctx, n, seed, alive) })
 	case bulk:
-		return inside.Serve(func(alive func(string)) (*watch.Bulk, error) { return watch.Reads(ctx, n, alive) })
+		return inside.Serve(func(alive func(string)) ([]watch.Bulk, error) { return watch.Reads(ctx, n, alive) })
 	case linux:
 		return inside.Serve(func(alive func(string)) (*watch.Linux, error) { return watch.MeasureLinux(ctx, n, pairs, alive) })
 	}
@@ -145,8 +145,8 @@ func measure(ctx context.Context, o options) error {
 			})
 		},
 		func() error {
-			return run(k, bulk, &r.Bulk, func() (**watch.Bulk, error) {
-				return outside.Measure[*watch.Bulk](ctx, h, "benchwatch", on(bulk, count(m.bulk)...)...)
+			return run(k, bulk, &r.Bulk, func() (*[]watch.Bulk, error) {
+				return outside.Measure[[]watch.Bulk](ctx, h, "benchwatch", on(bulk, count(m.bulk)...)...)
 			})
 		},
 		func() error {
