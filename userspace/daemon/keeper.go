@@ -146,6 +146,11 @@ func (k *keeper) next() bool {
 		return false
 	}
 	k.journal.rebase(k.id)
+	if k.scratch != nil {
+		if err := k.scratch.Truncate(0); err != nil {
+			k.log.Warn("the copy of its code stays what it was", "error", err)
+		}
+	}
 	k.taken, k.findings = nil, nil
 	close(k.anew)
 	k.anew = nil
