@@ -30,6 +30,9 @@ type Part struct {
 	Length   int
 }
 
+// SyscallTable is the name of that Region.
+const SyscallTable = "system call table"
+
 // Objects of a guest with one vCPU.
 type Objects struct {
 	VM      kvmaccess.VM
@@ -96,7 +99,7 @@ func Find(ctx context.Context, c *kvmaccess.Client, pid int) (o *Objects, err er
 	for _, r := range []Region{
 		{Name: "GDT", GVA: o.VCPU.GDTR.Base, Length: int(o.VCPU.GDTR.Limit) + 1},
 		{Name: "IDT", GVA: o.VCPU.IDTR.Base, Length: int(o.VCPU.IDTR.Limit) + 1},
-		{Name: "system call table", GVA: tables[calls].Address, Length: 8 * len(tables[calls].Calls)},
+		{Name: SyscallTable, GVA: tables[calls].Address, Length: 8 * len(tables[calls].Calls)},
 		{Name: "memory", GVA: entry, Length: sample.MemoryRange},
 	} {
 		if err := o.read(ctx, &r); err != nil {

@@ -16,11 +16,27 @@ import (
 
 // Changes is what became of changes of watched memory at random times.
 type Changes struct {
+	By      string          `json:"by"`   // Client or Daemon
 	VCPU    string          `json:"vcpu"` // of the guest, meanwhile
 	Period  time.Duration   `json:"period_ns"`
-	Found   []time.Duration `json:"found_ns"` // from each change to its finding
-	Noticed []time.Duration `json:"noticed_ns"`
+	Found   []time.Duration `json:"found_ns"`             // from each change to its finding
+	Noticed []time.Duration `json:"noticed_ns,omitempty"` // by the module; of Client
 	Missed  int             `json:"missed"`
+}
+
+// Who finds changes.
+const (
+	Client = "Go client"
+	Daemon = "kvmaccessd"
+)
+
+// DaemonLatency changes entries of a Linux guest's system call table n times, at
+// random times, and waits for what kvmaccessd says of them.
+func DaemonLatency(ctx context.Context, period time.Duration, n int, seed uint64, alive func(string)) (*Changes, error) {
+	c := &Changes{By: Daemon, VCPU: Linuxed, Period: period}
+	var err error
+	c.Found, c.Missed, err = inside.TimeFindings(ctx, period, n, rand.New(rand.NewPCG(seed, 2)), alive)
+	return c, err
 }
 
 // quiet is at least between two changes, for the rate of events of an item is
@@ -38,7 +54,7 @@ func Latency(ctx context.Context, period time.Duration, n int, seed uint64, aliv
 	}
 	defer func() { err = errors.Join(err, b.Close()) }()
 	for _, vcpu := range []string{Idle, Busy} {
-		c := Changes{VCPU: vcpu, Period: period}
+		c := Changes{By: Client, VCPU: vcpu, Period: period}
 		if err := c.take(ctx, b, n, rand.New(rand.NewPCG(seed, 0)), alive); err != nil {
 			return nil, fmt.Errorf("a vCPU that %s: %w", vcpu, err)
 		}

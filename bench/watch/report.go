@@ -85,13 +85,17 @@ func tickTable(all []Tick) [][]string {
 }
 
 func latencyTable(all []Changes) [][]string {
-	rows := [][]string{{"vcpu", "period_ns", "found_ns", "noticed_ns"}}
+	rows := [][]string{{"by", "vcpu", "period_ns", "found_ns", "noticed_ns"}}
 	for _, c := range all {
 		for i := range c.Found {
-			rows = append(rows, []string{c.VCPU, integer(int64(c.Period)), integer(int64(c.Found[i])), integer(int64(c.Noticed[i]))})
+			noticed := ""
+			if len(c.Noticed) > 0 {
+				noticed = integer(int64(c.Noticed[i]))
+			}
+			rows = append(rows, []string{c.By, c.VCPU, integer(int64(c.Period)), integer(int64(c.Found[i])), noticed})
 		}
 		for range c.Missed {
-			rows = append(rows, []string{c.VCPU, integer(int64(c.Period)), "", ""})
+			rows = append(rows, []string{c.By, c.VCPU, integer(int64(c.Period)), "", ""})
 		}
 	}
 	return rows
@@ -166,7 +170,7 @@ func latencyChart(all []Changes) *report.Chart {
 	for i, of := range all {
 		found := floats(of.Found)
 		slices.Sort(found)
-		series := report.Series{Name: fmt.Sprintf("period %v, vCPU %s", of.Period, of.VCPU), Hidden: true, Colour: i}
+		series := report.Series{Name: fmt.Sprintf("%s, period %v, vCPU %s", of.By, of.Period, of.VCPU), Hidden: true, Colour: i}
 		n := float64(len(found) + of.Missed)
 		for j, ns := range found {
 			x := ns / float64(of.Period)
@@ -182,7 +186,7 @@ func (s *Summary) transientChart() *report.Chart {
 	c := &report.Chart{
 		Title: "How likely a change that is undone is seen", LegendLeft: true,
 		X: report.Axis{Label: "length of the change", Log: true, Min: 4e-5, Max: 3, Text: report.Seconds},
-		Y: report.Axis{Label: "part of the changes that was seen", Max: 1.02},
+		Y: report.Axis{Label: "part of the changes that was seen", Max: 1.2}, // room for the legend
 	}
 	for i, period := range TransientPeriods {
 		p := period.Seconds()

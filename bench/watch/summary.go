@@ -106,13 +106,14 @@ const (
 
 // ChangeCost is how soon changes are found, in s.
 type ChangeCost struct {
+	By      string             `json:"by"`
 	VCPU    string             `json:"vcpu"`
 	PeriodS float64            `json:"period_s"`
 	N       int                `json:"n"`
 	Missed  int                `json:"missed"`
 	Found   overhead.Statistic `json:"found_s"`
 	Max     float64            `json:"max_s"`
-	Noticed overhead.Statistic `json:"noticed_s"` // by the module
+	Noticed float64            `json:"noticed_s,omitempty"` // by the module, median
 }
 
 // Probability is how many changes of lengths in a range were seen.
@@ -245,7 +246,7 @@ func (s *Summary) ticks(r *Results) error {
 func (s *Summary) latency(r *Results) error {
 	s.LatencyMedian, s.LatencyMax = math.Inf(-1), math.Inf(-1)
 	for _, c := range r.Latency {
-		cost := ChangeCost{VCPU: c.VCPU, PeriodS: c.Period.Seconds(), N: len(c.Found) + c.Missed, Missed: c.Missed}
+		cost := ChangeCost{By: c.By, VCPU: c.VCPU, PeriodS: c.Period.Seconds(), N: len(c.Found) + c.Missed, Missed: c.Missed}
 		seconds := func(all []time.Duration) []float64 {
 			values := floats(all)
 			for i := range values {
@@ -256,7 +257,9 @@ func (s *Summary) latency(r *Results) error {
 		found := seconds(c.Found)
 		var err1, err2 error
 		cost.Found, err1 = overhead.Spread(found)
-		cost.Noticed, err2 = overhead.Spread(seconds(c.Noticed))
+		if len(c.Noticed) > 0 {
+			cost.Noticed, err2 = stats.Median(seconds(c.Noticed))
+		}
 		if err := errors.Join(err1, err2); err != nil {
 			return fmt.Errorf("latency, vCPU %s: %w", c.VCPU, err)
 		}

@@ -75,7 +75,7 @@ func results() *Results {
 			r.Ticks = append(r.Ticks, Tick{VCPU: vcpu, Items: items, Instructions: []float64{account + 1000}, Account: []float64{account},
 				Trace: &Trace{Instructions: []float64{account + 1000 + 4*700}, Before: []int64{800}, Function: []int64{1000}, After: []int64{900}}})
 		}
-		r.Latency = append(r.Latency, Changes{VCPU: vcpu, Period: 10 * time.Millisecond,
+		r.Latency = append(r.Latency, Changes{By: Client, VCPU: vcpu, Period: 10 * time.Millisecond,
 			Found: []time.Duration{2 * time.Millisecond, 6 * time.Millisecond, 12 * time.Millisecond}, Noticed: []time.Duration{1, 2, 3}, Missed: 1})
 	}
 	for _, period := range TransientPeriods {

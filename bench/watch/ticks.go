@@ -34,6 +34,8 @@ type Tick struct {
 const (
 	Idle = "has not run"
 	Busy = "runs"
+	// Linuxed is that of a stock guest that idles.
+	Linuxed = "wakes now and then"
 )
 
 // Kinds of items, each beside those before.

@@ -95,6 +95,7 @@ const (
 	transient = "transient"
 	bulk      = "bulk"
 	linux     = "linux"
+	findings  = "findings"
 )
 
 func take(ctx context.Context, part string, n, pairs int, seed uint64) error {
@@ -109,6 +110,10 @@ func take(ctx context.Context, part string, n, pairs int, seed uint64) error {
 		return inside.Serve(func(alive func(string)) ([]watch.Transient, error) { return watch.Transients(ctx, n, seed, alive) })
 	case bulk:
 		return inside.Serve(func(alive func(string)) ([]watch.Bulk, error) { return watch.Reads(ctx, n, alive) })
+	case findings:
+		return inside.Serve(func(alive func(string)) (*watch.Changes, error) {
+			return watch.DaemonLatency(ctx, latencyPeriod, n, seed, alive)
+		})
 	case linux:
 		return inside.Serve(func(alive func(string)) (*watch.Linux, error) { return watch.MeasureLinux(ctx, n, pairs, alive) })
 	}
@@ -169,6 +174,13 @@ func measure(ctx context.Context, o options) error {
 			return err
 		}
 	}
+	var byDaemon watch.Changes
+	if err := run(k, findings, &byDaemon, func() (*watch.Changes, error) {
+		return outside.Measure[watch.Changes](ctx, h, "benchwatch", on(findings, count(m.latency)...)...)
+	}); err != nil {
+		return err
+	}
+	r.Latency = append(r.Latency, byDaemon)
 	var samples outside.Result
 	if err := run(k, curve, &samples, func() (*outside.Result, error) {
 		of := outside.Run{Host: *h, Plan: m.plan}
