@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/kvmaccess/kvmaccess/bench/inside"
@@ -54,6 +56,13 @@ const (
 	Period     = 50 * time.Millisecond
 	WorkPeriod = 100 * time.Millisecond
 )
+
+// watchPeriod is that of the watch while its cost is counted: what is so small
+// needs more of it.
+const watchPeriod = 5 * time.Millisecond
+
+// calm is before the guest works, and before looks are counted.
+const calm = 300 * time.Millisecond
 
 // looksInWindow is how many looks a window has.
 const looksInWindow = 40
@@ -124,7 +133,7 @@ func (s *site) describe(ctx context.Context, run *Run) error {
 	if err != nil {
 		return err
 	}
-	run.QEMU = version
+	run.QEMU = strings.TrimSpace(version)
 	for _, r := range s.found.Regions {
 		run.Objects = append(run.Objects, Size{r.Name, r.Length})
 		run.Bytes += r.Length
@@ -141,6 +150,10 @@ func (s *site) measure(ctx context.Context, p peer, n int, row *Row, alive func(
 	if err := inside.Pause(ctx, 3*time.Second); err != nil {
 		return err
 	}
+	period := Period
+	if p.name == Watch {
+		period = watchPeriod
+	}
 	for range n {
 		const window = looksInWindow * Period
 		off, err := inside.Window(ctx, loops.Count, window/2)
@@ -148,7 +161,7 @@ func (s *site) measure(ctx context.Context, p peer, n int, row *Row, alive func(
 			return err
 		}
 		var on sample.Window
-		looks, err := s.looking(ctx, p, Period, func() (err error) {
+		looks, err := s.looking(ctx, p, period, func() (err error) {
 			on, err = inside.Window(ctx, loops.Count, window)
 			return err
 		})
@@ -170,6 +183,10 @@ func (s *site) measure(ctx context.Context, p peer, n int, row *Row, alive func(
 		alive(p.name)
 	}
 	for range n {
+		// Those without and with looks begin alike.
+		if err := inside.Pause(ctx, calm); err != nil {
+			return err
+		}
 		without, err := inside.Work(ctx, s.guest, workMiB)
 		if err != nil {
 			return err
@@ -203,6 +220,7 @@ func (s *site) looking(ctx context.Context, p peer, period time.Duration, do fun
 	if err := p.look(ctx); err != nil {
 		return 0, err
 	}
+	var count atomic.Uint64
 	stop, done := make(chan struct{}), make(chan error, 1)
 	go func() {
 		ticker := time.NewTicker(period)
@@ -218,10 +236,15 @@ func (s *site) looking(ctx context.Context, p peer, period time.Duration, do fun
 				done <- err
 				return
 			}
-			looks++
+			count.Add(1)
 		}
 	}()
-	err = do()
+	err = inside.Pause(ctx, calm)
+	before := count.Load()
+	if err == nil {
+		err = do()
+	}
+	looks = count.Load() - before
 	close(stop)
 	return looks, errors.Join(err, <-done)
 }
@@ -249,7 +272,7 @@ func (s *site) watching(ctx context.Context, period time.Duration, do func() err
 		return 0, err
 	}
 	// The first ticks are the worker's.
-	if err := inside.Pause(ctx, 3*period); err != nil {
+	if err := inside.Pause(ctx, calm); err != nil {
 		return 0, err
 	}
 	before, err := w.Stats(ctx)
