@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"unsafe"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kvmaccess/kvmaccess/bench/objects"
 	"github.com/kvmaccess/kvmaccess/bench/soaker"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
@@ -34,15 +36,32 @@ const (
 // StartTiny starts a guest that halts, in the kernel, or that counts turns of
 // the same loop as Soakers' in its memory.
 func StartTiny(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, counts bool) (*Tiny, error) {
-	all, err := StartTinies(ctx, c, k, counts, 1, func(string) {})
+	all, err := startTinies(ctx, c, k, counts, 1, func(*Tiny) error { return nil })
 	if err != nil {
 		return nil, err
 	}
 	return all[0], nil
 }
 
-// StartTinies starts n guests.
-func StartTinies(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, counts bool, n int, alive func(string)) (all []*Tiny, err error) {
+// StartTinies starts n guests, whose vCPUs have the lowest priority there is:
+// a thousand that count leave time for those that measure.
+func StartTinies(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, counts bool, n int, alive func(string)) ([]*Tiny, error) {
+	started := 0
+	return startTinies(ctx, c, k, counts, n, func(t *Tiny) error {
+		if started++; started%20 == 0 {
+			alive("guests are started")
+		}
+		for _, thread := range t.Threads() {
+			attr := unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}
+			if err := unix.SchedSetAttr(thread.TID(), &attr, 0); err != nil {
+				return fmt.Errorf("SCHED_IDLE: %w", err)
+			}
+		}
+		return nil
+	})
+}
+
+func startTinies(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, counts bool, n int, each func(*Tiny) error) (all []*Tiny, err error) {
 	defer func() {
 		if err != nil {
 			for _, t := range all {
@@ -68,8 +87,8 @@ func StartTinies(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, counts
 			return all, err
 		}
 		t.counter = (*uint64)(unsafe.Pointer(&page[0]))
-		if i%20 == 19 {
-			alive(fmt.Sprint(i+1, " guests"))
+		if err := each(t); err != nil {
+			return all, err
 		}
 	}
 	vms, err := objects.VMsOf(ctx, c, os.Getpid())
@@ -83,6 +102,9 @@ func StartTinies(ctx context.Context, c *kvmaccess.Client, k *tinyvm.KVM, counts
 	for i, t := range all {
 		t.VM = vms[len(vms)-n+i]
 		if err := t.Start(tinyvm.Ignore); err != nil {
+			return all, err
+		}
+		if err := each(t); err != nil {
 			return all, err
 		}
 	}
