@@ -26,7 +26,7 @@ func TestInfo(t *testing.T) {
 	if info.Vendor == kvmaccess.VendorNone {
 		t.Error("the vendor is none, but KVM is loaded")
 	}
-	if want := kvmaccess.CapMemory | kvmaccess.CapVCPU | kvmaccess.CapEvents; info.Caps != want {
+	if want := kvmaccess.CapMemory | kvmaccess.CapVCPU | kvmaccess.CapEvents | kvmaccess.CapWatch; info.Caps != want {
 		t.Errorf("capabilities %v, want %v", info.Caps, want)
 	}
 	if len(info.Missing) > 0 {
