@@ -30,7 +30,7 @@ func main() {
 	quick := flag.Bool("quick", false, "fewer repetitions, and 100 VMs at most: a few minutes")
 	most := flag.Int("most", 1000, "VMs at most")
 	n := flag.Int("n", 6, "repetitions")
-	kind := flag.String("kind", "", "on a host: of the guests")
+	kind := flag.String("kind", "", "of the guests: halt or spin (default: both, one after the other)")
 	flag.Parse()
 	if *quick {
 		*most, *n = min(*most, 100), min(*n, 3)
@@ -41,7 +41,11 @@ func main() {
 			return scale.Measure(ctx, tinyvm.Kind(*kind), scale.Numbers(*most), *n, alive)
 		})
 	} else {
-		err = measure(ctx, *out, *most, *n, *quick)
+		kinds := []tinyvm.Kind{tinyvm.Halting, tinyvm.Spinning}
+		if *kind != "" {
+			kinds = []tinyvm.Kind{tinyvm.Kind(*kind)}
+		}
+		err = measure(ctx, kinds, *out, *most, *n, *quick)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "benchscale:", err)
@@ -49,7 +53,7 @@ func main() {
 	}
 }
 
-func measure(ctx context.Context, out string, most, n int, quick bool) error {
+func measure(ctx context.Context, kinds []tinyvm.Kind, out string, most, n int, quick bool) error {
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 	start := time.Now()
 	origin, err := report.ThisRun(ctx, log, "benchscale", os.Args[1:])
@@ -62,7 +66,7 @@ func measure(ctx context.Context, out string, most, n int, quick bool) error {
 	}
 	defer h.Close()
 	var rows []scale.Row
-	for _, kind := range []tinyvm.Kind{tinyvm.Halting, tinyvm.Spinning} {
+	for _, kind := range kinds {
 		log.Info("measuring", "guests", kind, "VMs", most)
 		more, err := outside.Measure[[]scale.Row](ctx, h, "benchscale", "-kind", string(kind), "-most", strconv.Itoa(most), "-n", strconv.Itoa(n))
 		if err != nil {
