@@ -19,6 +19,7 @@ type account struct {
 	ticks, missed, failed atomic.Uint64
 	lateMax, lateSum      atomic.Int64
 	tickMax, tickSum      atomic.Int64
+	lookSum               atomic.Int64 // of tickSum, in watch mode: when the VM had been attached to
 	findings, accepted    atomic.Uint64
 
 	mu    sync.Mutex
@@ -68,6 +69,12 @@ func (a *account) tick(late, took time.Duration, missed uint64) {
 	if int64(took) > a.tickMax.Load() {
 		a.tickMax.Store(int64(took))
 	}
+}
+
+// look counts a tick in watch mode.
+func (a *account) look(late, took time.Duration) {
+	a.tick(late, took, 0)
+	a.lookSum.Store(a.lookSum.Load() + int64(took))
 }
 
 func (a *account) snapshot() Account {

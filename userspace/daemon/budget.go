@@ -198,8 +198,11 @@ func (b *budget) adapt(keepers []*keeper, accounts []kvmaccess.WatchStats, looks
 	at := monotonic()
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if quiet && at > b.at && looks >= b.looks {
+	// Looks without an event come once in that time.
+	if long := at-b.at >= verifyEvery; long && quiet && looks >= b.looks {
 		b.own = Share(float64(looks-b.looks) / float64(at-b.at))
+	} else if quiet && !long {
+		at, looks = b.at, b.looks
 	}
 	b.at, b.looks = at, looks
 	var needs []need

@@ -156,7 +156,7 @@ func (k *keeper) round(ctx context.Context) outcome {
 		k.log.Info("events of its watches were lost: all of it is looked at", "rule", "lost events")
 	}
 	findings, err := k.monitor.Tick(ctx)
-	k.account.tick(max(0, late), monotonic()-begin, 0)
+	k.account.look(max(0, late), monotonic()-begin)
 	result := k.take(ctx, findings, err)
 	if result != outcomeNone || len(events) == 0 {
 		return result
@@ -176,7 +176,7 @@ func (k *keeper) round(ctx context.Context) outcome {
 	// The VM as it is.
 	begin = monotonic()
 	findings, err = k.monitor.Tick(ctx)
-	k.account.tick(0, monotonic()-begin, 0)
+	k.account.look(0, monotonic()-begin)
 	return k.take(ctx, findings, err)
 }
 

@@ -488,13 +488,14 @@ func (w *watcher) watchAccounts(ctx context.Context) []kvmaccess.WatchStats {
 	return all
 }
 
-// looks is the time that the daemon's own ticks have taken.
+// looks is the time that looks at VMs have taken, but for those to attach. It is
+// less than before when a VM is gone.
 func (w *watcher) looks() time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	sum := w.retired.TickSum
+	var sum time.Duration
 	for _, k := range w.keepers {
-		sum += time.Duration(k.account.tickSum.Load())
+		sum += time.Duration(k.account.lookSum.Load())
 	}
 	return sum
 }
