@@ -32,7 +32,7 @@ ALL_HOSTS := $(foreach v,svm vmx,$(SUITES:%=$(v)-%))
 # Tests of the programs, and of guests that boot, lie or are none, most of the
 # time that there is. Which kernel or vendor the host has makes no difference to
 # them: "make test" runs them on one host.
-PROGRAM_TESTS := ^Test(AttackedBeforeFirstSight|CLI.*|Restart|SecondDaemon|FullDisk|Daemon.*|GuestsComeAndGo|Periods|Attach(WhileBooting|Infected|Liar|Strangers)|BulkInPIDNamespace)$$
+PROGRAM_TESTS := ^Test(AttackedBeforeFirstSight|CLI.*|Restart|SecondDaemon|FullDisk|Daemon.*|GuestsComeAndGo|Periods|Attach(WhileBooting|Infected|Liar|Strangers)|BulkInPIDNamespace|WatchMode.*)$$
 # Kernels of guests beside the hosts' own.
 GUESTS := 5.10,6.1,6.12,6.12-full,7.2
 # The suite that was asked for, or all of them.
