@@ -8,10 +8,9 @@
  * those who see its values costs eight times as much.
  */
 #include <linux/slab.h>
-#include <linux/uaccess.h>
-#include <asm/asm.h>
 
 #include "digest.h"
+#include "hostpage.h"
 
 /* To be freed by kfree_sensitive(). */
 struct kvmaccess_digest *kvmaccess_digest_new(const void *key)
@@ -28,7 +27,7 @@ struct kvmaccess_digest *kvmaccess_digest_new(const void *key)
 	return digest;
 }
 
-/* -ENODATA where the kernel has no mapping of the page. */
+/* Of what is at @page, where a page of the host is; -ENODATA if it cannot be read. */
 int kvmaccess_digest_page(const struct kvmaccess_digest *digest, const void *page, u64 *value)
 {
 	u64 low = 0, high = 0;
@@ -44,8 +43,8 @@ int kvmaccess_digest_page(const struct kvmaccess_digest *digest, const void *pag
 		     "mulq %%rdx\n\t"
 		     "addq %%rax, %[low]\n\t"
 		     "adcq %%rdx, %[high]\n\t"
-		     _ASM_EXTABLE_UA(2b, 4f)
-		     _ASM_EXTABLE_UA(3b, 4f)
+		     KVMACCESS_HOSTPAGE_FIXUP(2b, 4f)
+		     KVMACCESS_HOSTPAGE_FIXUP(3b, 4f)
 		     ".endr\n\t"
 		     "addq $64, %[i]\n\t"
 		     "jnz 1b\n\t"

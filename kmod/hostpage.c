@@ -8,7 +8,6 @@
  */
 #include <linux/mm.h>
 #include <linux/pgtable.h>
-#include <linux/uaccess.h>
 
 #include "hostpage.h"
 
@@ -16,22 +15,15 @@
 #define COPY_ATTEMPTS	4
 
 /* An entry of what may not be a page table any more. */
-static bool read_entry(unsigned long pfn, unsigned long index, unsigned long *entry)
+static bool read_entry(unsigned long pfn, unsigned long index, u64 *entry)
 {
-	if (!pfn_valid(pfn))
-		return false;
-	__get_kernel_nofault(entry, (const unsigned long *)pfn_to_kaddr(pfn) + index,
-			     unsigned long, absent);
-	return true;
-
-absent:
-	return false;
+	return pfn_valid(pfn) &&
+	       kvmaccess_hostpage_get_word(entry, (const u64 *)pfn_to_kaddr(pfn) + index);
 }
 
 /*
  * Where the kernel has what the VMM has at @hva; NULL if no page is in place
- * there. With interrupts off. Reading there may fault, so that it must not
- * matter: see __get_kernel_nofault().
+ * there. With interrupts off. What is there is to be read as above only.
  *
  * The caller keeps the struct mm, so there is a top-level table. Nothing keeps
  * those below: x86 before 6.15 frees page tables after an interrupt to those
@@ -51,8 +43,8 @@ const void *kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva)
 	static const unsigned int shifts[] = {
 		P4D_SHIFT, PUD_SHIFT, PMD_SHIFT, PAGE_SHIFT,
 	};
-	unsigned long present = _PAGE_PRESENT | _PAGE_PROTNONE;
-	unsigned long entry, size, pfn;
+	u64 entry, present = _PAGE_PRESENT | _PAGE_PROTNONE;
+	unsigned long size, pfn;
 	unsigned int i;
 
 	lockdep_assert_irqs_disabled();
@@ -108,6 +100,21 @@ static struct folio *keep(struct mm_struct *mm, unsigned long hva, const void **
 	return folio;
 }
 
+static bool copy(void *to, const void *from, u32 len)
+{
+	u32 i = 0;
+
+	for (; i + sizeof(u64) <= len; i += sizeof(u64)) {
+		if (!kvmaccess_hostpage_get_word(to + i, from + i))
+			return false;
+	}
+	for (; i < len; i++) {
+		if (!kvmaccess_hostpage_get_byte(to + i, from + i))
+			return false;
+	}
+	return true;
+}
+
 /*
  * Copy what the VMM has at @hva, of one page, which is kept meanwhile: nobody
  * else's bytes are copied. Returns -ENODATA where no page is in place, -EAGAIN
@@ -118,7 +125,7 @@ int kvmaccess_hostpage_copy(struct mm_struct *mm, unsigned long hva, void *to, u
 	unsigned int attempt = 0;
 	struct folio *folio;
 	const void *from;
-	int err;
+	bool read;
 
 	do {
 		folio = keep(mm, hva, &from);
@@ -128,7 +135,7 @@ int kvmaccess_hostpage_copy(struct mm_struct *mm, unsigned long hva, void *to, u
 		smp_rmb();
 		return atomic_read(&mm->mm_users) ? PTR_ERR(folio) : -ESHUTDOWN;
 	}
-	err = copy_from_kernel_nofault(to, from, len) ? -ENODATA : 0;
+	read = copy(to, from, len);
 	folio_put(folio);
-	return err;
+	return read ? 0 : -ENODATA;
 }

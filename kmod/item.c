@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 #include <linux/math.h>
 #include <linux/slab.h>
-#include <linux/uaccess.h>
-#include <asm/asm.h>
 
+#include "hostpage.h"
 #include "item.h"
 
 /* To be freed by kvmaccess_item_free(); @length is in bytes of the guest's memory. */
@@ -70,7 +69,7 @@ static __always_inline u32 count_equal(const void *have, const void *want, u32 l
 		     "2: movq \\at(%[have],%[i]), %[word]\n\t"
 		     "cmpq \\at(%[want],%[i]), %[word]\n\t"
 		     "jne 4f\n\t"
-		     _ASM_EXTABLE_UA(2b, 3f)
+		     KVMACCESS_HOSTPAGE_FIXUP(2b, 3f)
 		     ".endr\n\t"
 		     "addq %[group], %[i]\n\t"
 		     "jnz 1b\n\t"
@@ -84,7 +83,7 @@ static __always_inline u32 count_equal(const void *have, const void *want, u32 l
 	return length + i;
 }
 
-/* Whether memory of the kernel is as expected, of which it may have no mapping. */
+/* Whether what is at @at, where a page of the host is, is as expected. */
 bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 {
 	u32 whole = round_down(length, GROUP);
@@ -96,19 +95,16 @@ bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 	if (whole && (count_equal(at, expected, whole, &absent) != whole || absent))
 		return false;
 	for (i = whole; i + sizeof(word) <= length; i += sizeof(word)) {
-		__get_kernel_nofault(&word, at + i, u64, absent);
-		if (word != *(const u64 *)(expected + i))
+		if (!kvmaccess_hostpage_get_word(&word, at + i) ||
+		    word != *(const u64 *)(expected + i))
 			return false;
 	}
 	for (; i < length; i++) {
-		__get_kernel_nofault(&byte, at + i, u8, absent);
-		if (byte != ((const u8 *)expected)[i])
+		if (!kvmaccess_hostpage_get_byte(&byte, at + i) ||
+		    byte != ((const u8 *)expected)[i])
 			return false;
 	}
 	return true;
-
-absent:
-	return false;
 }
 
 u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *s,

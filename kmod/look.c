@@ -13,7 +13,6 @@
 #include <linux/random.h>
 #include <linux/siphash.h>
 #include <linux/slab.h>
-#include <linux/uaccess.h>
 
 #include "digest.h"
 #include "hostpage.h"
@@ -58,11 +57,7 @@ static bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item)
 		return false;
 	if (item->kind == KVMACCESS_KIND_BYTES)
 		return kvmaccess_item_is_equal(at, item->bytes, item->length);
-	__get_kernel_nofault(&value, at, u64, absent);
-	return (value & item->mask) == item->value;
-
-absent:
-	return false;
+	return kvmaccess_hostpage_get_word(&value, at) && (value & item->mask) == item->value;
 }
 
 /* An item of memory that is not as expected, or of which that is still to be told. */

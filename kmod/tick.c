@@ -269,6 +269,8 @@ static void spend(struct kvmaccess_watch *w)
 	u64 spent = ktime_get_ns() - w->now;
 
 	w->spent += spent;
+	/* If it was longer, something else had the CPU: firmware, a hypervisor. */
+	spent = min_t(u64, spent, NSEC_PER_MSEC);
 	this_cpu_write(quick_until,
 		       max(this_cpu_read(quick_until), w->now) + QUICK_SHARE * spent);
 }
