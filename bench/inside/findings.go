@@ -30,47 +30,48 @@ const quiet = 50 * time.Millisecond
 
 // TimeFindings has kvmaccessd watch an idle Linux guest, changes an entry of its
 // system call table n times at random times, and returns how long each change
-// took to come out of the daemon's stream as a finding.
-func TimeFindings(ctx context.Context, period time.Duration, n int, random *rand.Rand, alive func(string)) (found []time.Duration, missed int, err error) {
+// took to come out of the daemon's stream as a finding, and after how long that
+// says that it was made.
+func TimeFindings(ctx context.Context, period time.Duration, n int, random *rand.Rand, alive func(string)) (found, dated []time.Duration, missed int, err error) {
 	if err := LoadModule(); err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	dir, err := os.MkdirTemp("", "findings-")
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	g, err := guest.Start(ctx, guest.Config{Name: guestName})
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	defer func() { err = errors.Join(err, g.Kill()) }()
 	alive("the guest is up")
 	text, err := g.Symbols(ctx)
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	symbols := filepath.Join(dir, "kallsyms")
 	if err := os.WriteFile(symbols, brief(text), 0o600); err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	c, err := kvmaccess.New()
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	defer c.Close()
 	table, err := tableOf(ctx, c, g.PID)
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	memory, err := os.OpenFile(fmt.Sprintf("/proc/%d/mem", g.PID), os.O_RDWR, 0)
 	if err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	defer memory.Close()
 	d := &daemonRun{mode: daemon.ModeWatch, dir: filepath.Join(dir, "daemon"), symbols: symbols, period: period}
 	if err := d.start(ctx); err != nil {
-		return nil, 0, err
+		return nil, nil, 0, err
 	}
 	alive("the guest is watched")
 	following, end := context.WithCancel(ctx)
@@ -109,7 +110,7 @@ func TimeFindings(ctx context.Context, period time.Duration, n int, random *rand
 	}
 	for i := range n {
 		if err := Sleep(ctx, quiet+time.Duration(random.Int64N(int64(2*period)))); err != nil {
-			return nil, 0, err
+			return nil, nil, 0, err
 		}
 		for len(arrivals) > 0 {
 			<-arrivals
@@ -117,37 +118,38 @@ func TimeFindings(ctx context.Context, period time.Duration, n int, random *rand
 		at := int64(table) + 8*int64(firstGone+random.IntN(lastGone-firstGone+1))
 		var was, is [1]byte
 		if _, err := memory.ReadAt(was[:], at); err != nil {
-			return nil, 0, err
+			return nil, nil, 0, err
 		}
 		is[0] = was[0] ^ byte(1+random.IntN(255))
 		changed, err := Monotonic()
 		if err != nil {
-			return nil, 0, err
+			return nil, nil, 0, err
 		}
+		wall := time.Now()
 		if _, err := memory.WriteAt(is[:], at); err != nil {
-			return nil, 0, err
+			return nil, nil, 0, err
 		}
 		a, err := next(false)
 		if err != nil {
-			return nil, 0, err
+			return nil, nil, 0, err
 		}
 		if a != nil {
-			found = append(found, a.at-changed)
+			found, dated = append(found, a.at-changed), append(dated, a.record.Time.Sub(wall))
 		} else {
 			missed++
 		}
 		if _, err := memory.WriteAt(was[:], at); err != nil {
-			return nil, 0, err
+			return nil, nil, 0, err
 		}
 		if back, err := next(true); err != nil || a != nil && back == nil {
-			return nil, 0, errors.Join(errors.New("the table is as before, and no finding says so"), err)
+			return nil, nil, 0, errors.Join(errors.New("the table is as before, and no finding says so"), err)
 		}
 		if i%20 == 0 {
 			alive(fmt.Sprintf("findings: %d of %d", i, n))
 		}
 	}
 	end()
-	return found, missed, d.stop(ctx)
+	return found, dated, missed, d.stop(ctx)
 }
 
 // tableOf is where QEMU has the guest's system call table.

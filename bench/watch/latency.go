@@ -19,8 +19,8 @@ type Changes struct {
 	By      string          `json:"by"`   // Client or Daemon
 	VCPU    string          `json:"vcpu"` // of the guest, meanwhile
 	Period  time.Duration   `json:"period_ns"`
-	Found   []time.Duration `json:"found_ns"`             // from each change to its finding
-	Noticed []time.Duration `json:"noticed_ns,omitempty"` // by the module; of Client
+	Found   []time.Duration `json:"found_ns"`   // from each change to its finding
+	Noticed []time.Duration `json:"noticed_ns"` // by the module, or when the daemon says that it made the finding
 	Missed  int             `json:"missed"`
 }
 
@@ -35,7 +35,7 @@ const (
 func DaemonLatency(ctx context.Context, period time.Duration, n int, seed uint64, alive func(string)) (*Changes, error) {
 	c := &Changes{By: Daemon, VCPU: Linuxed, Period: period}
 	var err error
-	c.Found, c.Missed, err = inside.TimeFindings(ctx, period, n, rand.New(rand.NewPCG(seed, 2)), alive)
+	c.Found, c.Noticed, c.Missed, err = inside.TimeFindings(ctx, period, n, rand.New(rand.NewPCG(seed, 2)), alive)
 	return c, err
 }
 

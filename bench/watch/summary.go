@@ -409,7 +409,14 @@ func (s *Summary) reach() {
 			s.SlowdownOf.Tick, 100*s.SlowdownOf.Tick/float64(slowPeriod)))
 	add("bulk read / memcpy, memory in huge pages", fmt.Sprintf("%.3f", s.BulkRatio), fmt.Sprintf("≥ %g", ReachBulk), s.BulkRatio >= ReachBulk,
 		"the kernel finds and maps each page of the VMM's memory before it copies it")
-	add("change to finding, median over half a period", fmt.Sprintf("%+.3f ms", 1e3*s.LatencyMedian), "≤ 1 ms", s.LatencyMedian <= ReachExcess, "see below")
-	add("change to finding, maximum over a period", fmt.Sprintf("%+.3f ms", 1e3*s.LatencyMax), "≤ 1 ms", s.LatencyMax <= ReachExcess, "see below")
+	late := ""
+	for _, c := range s.Changes {
+		if c.By == Daemon {
+			late = fmt.Sprintf("kvmaccessd takes %.1f million instructions, of one a nanosecond, until its stream tells of a change (half a period, %.1f ms, is waited for on average): it looks at all of the guest, explains what it finds and stores it first; it dates the finding %.1f ms after the change. The module's event, read again by a Go program, takes about 0.1 ms: see the table below",
+				1e3*(c.Found.Median-c.PeriodS/2), 500*c.PeriodS, 1e3*c.Noticed)
+		}
+	}
+	add("change to finding, median over half a period", fmt.Sprintf("%+.3f ms", 1e3*s.LatencyMedian), "≤ 1 ms", s.LatencyMedian <= ReachExcess, late)
+	add("change to finding, maximum over a period", fmt.Sprintf("%+.3f ms", 1e3*s.LatencyMax), "≤ 1 ms", s.LatencyMax <= ReachExcess, "as above, and other work of the daemon may come first")
 	add("changes missed", fmt.Sprintf("%d of %d", s.Missed, s.Changed), "0", s.Missed == 0, "see below")
 }
