@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/tinyvm"
 )
@@ -214,7 +216,8 @@ func (h *hostile) exit(e *tinyvm.Exit) (bool, error) {
 }
 
 // Hostile reads, at the highest rate, registers, descriptor tables and memory
-// by the page tables of a guest that rewrites all of these in a loop.
+// by the page tables of a guest that rewrites all of these in a loop, and
+// watches all of them.
 func Hostile(ctx context.Context, c HostileConfig) (*Report, error) {
 	r := newReport(fmt.Sprintf("hostile guest with seed %d", c.Seed))
 	k, err := tinyvm.Open()
@@ -257,6 +260,9 @@ func sampleHostile(ctx context.Context, c HostileConfig, r *Report, client *kvma
 	if err := samples(ctx, c.Duration, c.Seed, r, client, vm, h); err != nil {
 		return err
 	}
+	if err := checkHostile(r, c.Duration); err != nil {
+		return err
+	}
 	for _, what := range []string{"registers", "tables", "ranges of memory"} {
 		if r.Count(what) == 0 {
 			return fmt.Errorf("none of the %s could be read", what)
@@ -267,6 +273,7 @@ func sampleHostile(ctx context.Context, c HostileConfig, r *Report, client *kvma
 
 // samples asks in all ways at once for a time.
 func samples(ctx context.Context, d time.Duration, seed uint64, r *Report, client *kvmaccess.Client, vm kvmaccess.VMID, h *hostile) error {
+	end := time.Now().Add(d)
 	ways := []func(context.Context, *rand.Rand) error{
 		func(ctx context.Context, _ *rand.Rand) error {
 			_, err := client.VCPU(ctx, vm, 0)
@@ -284,10 +291,12 @@ func samples(ctx context.Context, d time.Duration, seed uint64, r *Report, clien
 			root := pick(rng, hostileTables+rng.Uint64N(hostilePages)<<12, rng.Uint64N(hostileRAM), rng.Uint64())
 			return readHostile(ctx, r, client, vm, rng, max(1, root))
 		},
+		func(ctx context.Context, rng *rand.Rand) error {
+			return watchHostile(ctx, end, r, rng, vm)
+		},
 	}
 	var wg sync.WaitGroup
 	errs := make([]error, len(ways))
-	end := time.Now().Add(d)
 	for i, way := range ways {
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(seed, uint64(i+1)))
@@ -345,6 +354,95 @@ func readHostile(ctx context.Context, r *Report, client *kvmaccess.Client, vm kv
 		if err := r.sampled("ranges of memory", g.Err); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// hostileWatches is how many watches a hostile guest has at once.
+const hostileWatches = 2
+
+// watchHostile watches, at the highest rate, all tables that the guest writes
+// and the registers that it loads, for some seconds.
+func watchHostile(ctx context.Context, end time.Time, r *Report, rng *rand.Rand, vm kvmaccess.VMID) error {
+	w, err := kvmaccess.NewWatcher()
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	start := time.Now()
+	var watches []*kvmaccess.Watch
+	for range hostileWatches {
+		key := &kvmaccess.WatchKey{byte(rng.Uint32())}
+		watch, err := w.New(ctx, vm, kvmaccess.WatchConfig{Period: kvmaccess.WatchMinPeriod, Budget: hostilePages << 12, Key: key})
+		if err == nil {
+			_, err = watch.Add(ctx, hostileItems(rng)...)
+		}
+		if errors.Is(err, unix.ENOBUFS) {
+			// The first watch has told too much already.
+			r.fail(err)
+			break
+		}
+		if err != nil {
+			return err
+		}
+		watches = append(watches, watch)
+	}
+	if later := time.Now().Add(5 * time.Second); later.Before(end) {
+		end = later
+	}
+	waiting, cancel := context.WithDeadline(ctx, end)
+	defer cancel()
+	for {
+		e, err := w.Receive(waiting)
+		if err != nil {
+			break
+		}
+		if e.State != kvmaccess.StateDifferent && e.State != kvmaccess.StateExpected {
+			return fmt.Errorf("memory and registers that are there: %+v", e)
+		}
+		r.Add("findings", 1)
+	}
+	for _, watch := range watches {
+		s, err := watch.Close(ctx)
+		if errors.Is(err, unix.ENOBUFS) {
+			r.fail(err)
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		r.Add("ticks", int64(s.Ticks))
+		r.Add("changes that others stand for", int64(s.Coalesced))
+		if limit := 512 + uint64(time.Since(start)/time.Millisecond); s.Events > limit {
+			return fmt.Errorf("%d events of a watch, want %d at most: %+v", s.Events, limit, s)
+		}
+	}
+	return nil
+}
+
+// hostileItems are each table, once by its bytes, once by its entries, once by
+// its digest; and the registers.
+func hostileItems(rng *rand.Rand) []kvmaccess.Item {
+	items := []kvmaccess.Item{{Kind: kvmaccess.KindDigest, GPA: hostileTables, Digests: make([]uint64, hostilePages)}}
+	for page := range uint64(hostilePages) {
+		gpa := hostileTables + page<<12
+		items = append(items,
+			kvmaccess.Item{Kind: kvmaccess.KindBytes, GPA: gpa, Data: make([]byte, kvmaccess.PageSize)},
+			kvmaccess.Item{Kind: kvmaccess.KindEntry, GPA: gpa + 8*uint64(rng.IntN(512)), Mask: ^uint64(0x60)})
+	}
+	for _, register := range []kvmaccess.Register{
+		kvmaccess.RegisterCR0, kvmaccess.RegisterCR3, kvmaccess.RegisterGDTRBase, kvmaccess.RegisterGDTRLimit,
+		kvmaccess.RegisterIDTRBase, kvmaccess.RegisterLSTAR,
+	} {
+		items = append(items, kvmaccess.Item{Kind: kvmaccess.KindRegister, Register: register})
+	}
+	return items
+}
+
+// checkHostile is an error if the watches had nothing to do.
+func checkHostile(r *Report, d time.Duration) error {
+	if r.Count("findings") == 0 || r.Count("ticks") < int64(d/time.Second) {
+		return fmt.Errorf("%d ticks of watches found %d changes", r.Count("ticks"), r.Count("findings"))
 	}
 	return nil
 }

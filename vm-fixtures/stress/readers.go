@@ -15,8 +15,8 @@ import (
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
-// readers ask for everything about all VMs there are, over and over, and
-// listen to events. The module may go and come back.
+// readers ask for everything about all VMs there are, over and over, watch
+// them, and listen to events. The module may go and come back.
 type readers struct {
 	report *Report
 	also   []error // explained here
@@ -25,12 +25,15 @@ type readers struct {
 	mu     sync.Mutex
 	first  error
 
-	reads  atomic.Int64 // requests that went well
-	events atomic.Int64
+	reads    atomic.Int64 // requests that went well
+	events   atomic.Int64
+	watches  atomic.Int64
+	findings atomic.Int64 // events of watches
+	ends     atomic.Int64 // of those, that their VM or the module is gone
 }
 
-// startReaders starts n clients and one subscriber, who go on after the
-// errors that a VM's end explains, and after these.
+// startReaders starts n clients, one subscriber and two who set watches, who go
+// on after the errors that a VM's end explains, and after these.
 func startReaders(ctx context.Context, r *Report, n int, also ...error) *readers {
 	ctx, cancel := context.WithCancel(ctx)
 	rs := &readers{report: r, cancel: cancel, also: also}
@@ -38,6 +41,9 @@ func startReaders(ctx context.Context, r *Report, n int, also ...error) *readers
 		rs.wg.Go(func() { rs.whileLoaded(ctx, func() error { return rs.read(ctx, uint64(i)) }) })
 	}
 	rs.wg.Go(func() { rs.whileLoaded(ctx, func() error { return rs.listen(ctx) }) })
+	for i := range 2 {
+		rs.wg.Go(func() { rs.whileLoaded(ctx, func() error { return rs.watch(ctx, uint64(n+i)) }) })
+	}
 	return rs
 }
 
@@ -47,6 +53,9 @@ func (rs *readers) stop() error {
 	rs.wg.Wait()
 	rs.report.Add("reads", rs.reads.Load())
 	rs.report.Add("events", rs.events.Load())
+	rs.report.Add("watches", rs.watches.Load())
+	rs.report.Add("findings", rs.findings.Load())
+	rs.report.Add("ends of watches", rs.ends.Load())
 	return rs.first
 }
 
