@@ -21,9 +21,35 @@ static bool read_entry(unsigned long pfn, unsigned long index, u64 *entry)
 	       kvmaccess_hostpage_get_word(entry, (const u64 *)pfn_to_kaddr(pfn) + index);
 }
 
+/* Find the table of pages, or the large page, that is in charge of @hva. */
+static bool find_table(struct mm_struct *mm, unsigned long hva,
+		       struct kvmaccess_hostpage_path *path)
+{
+	static const unsigned int shifts[] = { P4D_SHIFT, PUD_SHIFT, PMD_SHIFT };
+	u64 entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
+	unsigned int i;
+
+	path->region = ~0UL;
+	path->shift = PAGE_SHIFT;
+	for (i = pgtable_l5_enabled() ? 0 : 1; i < ARRAY_SIZE(shifts); i++) {
+		if (!(entry & _PAGE_PRESENT) ||
+		    !read_entry((entry & PTE_PFN_MASK) >> PAGE_SHIFT,
+				(hva >> shifts[i]) & (PTRS_PER_PTE - 1), &entry))
+			return false;
+		if (entry & _PAGE_PSE && shifts[i] <= PUD_SHIFT) {
+			path->shift = shifts[i];
+			break;
+		}
+	}
+	path->entry = entry;
+	path->region = hva >> PMD_SHIFT;
+	return true;
+}
+
 /*
  * Where the kernel has what the VMM has at @hva; NULL if no page is in place
- * there. With interrupts off. What is there is to be read as above only.
+ * there. With interrupts off, since @path began as KVMACCESS_HOSTPAGE_PATH. What
+ * is there is to be read as above only.
  *
  * The caller keeps the struct mm, so there is a top-level table. Nothing keeps
  * those below: x86 before 6.15 frees page tables after an interrupt to those
@@ -31,45 +57,47 @@ static bool read_entry(unsigned long pfn, unsigned long index, u64 *entry)
  * lookups of get_user_pages_fast() are no model. A table may be anything else
  * by the time it is read, and its entries any number. Each is therefore taken
  * for what it is: the number of a page, which is checked to be memory and then
- * read so that a fault does no harm.
+ * read so that a fault does no harm. So it does none either that the way to a
+ * table is gone only once for all pages in it.
  *
  * Nor is the page itself kept: what is found there may be compared, and nothing
  * more. That other bytes than the VM's are just those that are expected, in the
  * moment in which it gives the page up, hides nothing that the next look would
  * not find.
  */
-const void *kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva)
+const void *kvmaccess_hostpage_by(struct mm_struct *mm, unsigned long hva,
+				  struct kvmaccess_hostpage_path *path)
 {
-	static const unsigned int shifts[] = {
-		P4D_SHIFT, PUD_SHIFT, PMD_SHIFT, PAGE_SHIFT,
-	};
 	u64 entry, present = _PAGE_PRESENT | _PAGE_PROTNONE;
 	unsigned long size, pfn;
-	unsigned int i;
 
 	lockdep_assert_irqs_disabled();
 
-	entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
-	for (i = pgtable_l5_enabled() ? 0 : 1; ; i++) {
-		if (!(entry & _PAGE_PRESENT) ||
-		    !read_entry((entry & PTE_PFN_MASK) >> PAGE_SHIFT,
-				(hva >> shifts[i]) & (PTRS_PER_PTE - 1), &entry))
-			return NULL;
-		if (shifts[i] == PAGE_SHIFT)
-			break;
-		if (entry & _PAGE_PSE && shifts[i] <= PUD_SHIFT) {
-			/* By this alone while it is being split. */
-			present |= _PAGE_PSE;
-			break;
-		}
-	}
+	if (path->region != hva >> PMD_SHIFT && !find_table(mm, hva, path))
+		return NULL;
+	entry = path->entry;
+	if (path->shift != PAGE_SHIFT)
+		/* By this alone while it is being split. */
+		present |= _PAGE_PSE;
+	else if (!(entry & _PAGE_PRESENT) ||
+		 !read_entry((entry & PTE_PFN_MASK) >> PAGE_SHIFT,
+			     (hva >> PAGE_SHIFT) & (PTRS_PER_PTE - 1), &entry))
+		return NULL;
 	if (!(entry & present))
 		return NULL;
 	/* Inverted where it is not for the processor. */
 	pfn = pte_pfn(__pte(entry));
-	size = 1UL << (shifts[i] - PAGE_SHIFT);
+	size = 1UL << (path->shift - PAGE_SHIFT);
 	pfn = (pfn & ~(size - 1)) | ((hva >> PAGE_SHIFT) & (size - 1));
 	return pfn_valid(pfn) ? pfn_to_kaddr(pfn) + offset_in_page(hva) : NULL;
+}
+
+/* The same of one page. */
+const void *kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva)
+{
+	struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
+
+	return kvmaccess_hostpage_by(mm, hva, &path);
 }
 
 /*

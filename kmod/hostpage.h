@@ -41,6 +41,18 @@ static inline bool kvmaccess_hostpage_get_byte(u8 *value, const void *at)
 	return KVMACCESS_HOSTPAGE_GET("movb", *value, *(const u8 *)at);
 }
 
+/* The way to a page, as far as it is also that of its neighbours. */
+struct kvmaccess_hostpage_path {
+	unsigned long region;	/* addresses, shifted by PMD_SHIFT; ~0: none */
+	u64 entry;		/* the last that all of them have in common */
+	unsigned int shift;	/* of what it maps, or PAGE_SHIFT: a table */
+};
+
+#define KVMACCESS_HOSTPAGE_PATH	{ .region = ~0UL }
+
+const void * __must_check
+kvmaccess_hostpage_by(struct mm_struct *mm, unsigned long hva,
+		      struct kvmaccess_hostpage_path *path);
 const void * __must_check kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva);
 int __must_check kvmaccess_hostpage_copy(struct mm_struct *mm, unsigned long hva,
 					 void *to, u32 len);

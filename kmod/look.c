@@ -47,10 +47,11 @@ static unsigned long hva_of(struct kvm_memslots *slots, u64 gpa)
 	return __gfn_to_hva_memslot(slot, gpa >> PAGE_SHIFT) + offset_in_page(gpa);
 }
 
-/* With interrupts off; false also where it cannot be told. */
-static bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item)
+/* With interrupts off since @path began; false also where it cannot be told. */
+static bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item,
+			struct kvmaccess_hostpage_path *path)
 {
-	const void *at = kvmaccess_hostpage_at(mm, item->hva);
+	const void *at = kvmaccess_hostpage_by(mm, item->hva, path);
 	u64 value;
 
 	if (!at)
@@ -188,6 +189,7 @@ static bool look_at_memory(struct kvmaccess_watch *w, struct kvm *kvm)
 	u32 left = SLICE;
 
 	for (; w->next != &w->memory; w->next = w->next->next) {
+		struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
 		unsigned long flags;
 		bool expected;
 
@@ -201,7 +203,7 @@ static bool look_at_memory(struct kvmaccess_watch *w, struct kvm *kvm)
 			item->generation = generation;
 		}
 		local_irq_save(flags);
-		expected = item->hva && is_expected(kvm->mm, item);
+		expected = item->hva && is_expected(kvm->mm, item, &path);
 		local_irq_restore(flags);
 		if (unlikely(!expected || item->track.state || item->track.pending))
 			look_closer(w, kvm, item);
@@ -217,12 +219,14 @@ bool kvmaccess_look_is_memory_expected(struct kvmaccess_watch *w)
 {
 	struct kvm *kvm = w->vm->kvm;
 	int idx = srcu_read_lock(&kvm->srcu);
+	struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
 	u64 generation = __kvm_memslots(kvm, 0)->generation;
 	struct kvmaccess_item *item;
 	bool expected = true;
 
 	list_for_each_entry(item, &w->memory, list) {
-		expected = item->generation == generation && is_expected(kvm->mm, item);
+		expected = item->generation == generation &&
+			   is_expected(kvm->mm, item, &path);
 		if (!expected)
 			break;
 	}
