@@ -242,7 +242,7 @@ type kept[T any] struct {
 func run[T any](k *keeper, part string, to *T, measure func() (*T, error)) error {
 	name := filepath.Join(k.dir, part+".json")
 	if k.dir != "" {
-		var is kept[T]
+		var is kept[json.RawMessage]
 		text, err := os.ReadFile(name)
 		if err == nil {
 			err = json.Unmarshal(text, &is)
@@ -253,8 +253,7 @@ func run[T any](k *keeper, part string, to *T, measure func() (*T, error)) error
 			return fmt.Errorf("%s: %w", name, err)
 		case is.Of == k.of:
 			k.log.Info("measured before", "part", part)
-			*to = is.Result
-			return nil
+			return json.Unmarshal(is.Result, to)
 		}
 	}
 	k.log.Info("measuring", "part", part)
