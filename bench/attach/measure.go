@@ -101,7 +101,8 @@ type Options struct {
 }
 
 // Measure attaches to guests of each kernel. Where the payload has what drgn
-// needs for one of them, drgn does as well, in turn with it.
+// needs for one of them, drgn does as well, in turn with it, to the one that is
+// booted first: the others make no difference to it.
 func Measure(ctx context.Context, o Options, progress func(string)) (*Run, error) {
 	if err := boot.LoadModule(filepath.Join(os.Getenv(host.Env), host.ModuleFile), ""); err != nil {
 		return nil, err
@@ -117,10 +118,10 @@ func Measure(ctx context.Context, o Options, progress func(string)) (*Run, error
 	}
 	r := &Run{Host: strings.TrimSpace(string(release))}
 	for _, kernel := range o.Kernels {
-		for _, v := range variants[:min(o.Ways, len(variants))] {
+		for i, v := range variants[:min(o.Ways, len(variants))] {
 			name := kernel + ", " + v.name
 			progress(name)
-			row, samples, err := v.measure(ctx, c, kernel, o)
+			row, samples, err := v.measure(ctx, c, kernel, i == 0, o)
 			if err != nil {
 				return nil, fmt.Errorf("guest %s: %w", name, err)
 			}
@@ -145,10 +146,12 @@ func (l live) VCPUs(ctx context.Context) ([]kvmaccess.VCPU, error) {
 	return l.client.VCPUs(ctx, l.id)
 }
 
-func (v variant) measure(ctx context.Context, c *kvmaccess.Client, kernel string, o Options) (row Row, samples []Sample, err error) {
-	p, err := openPeer(kernel)
-	if err != nil {
-		return row, nil, err
+func (v variant) measure(ctx context.Context, c *kvmaccess.Client, kernel string, peers bool, o Options) (row Row, samples []Sample, err error) {
+	var p *peer
+	if peers {
+		if p, err = openPeer(kernel); err != nil {
+			return row, nil, err
+		}
 	}
 	if p != nil {
 		defer func() { err = errors.Join(err, p.Close()) }()
