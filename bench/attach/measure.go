@@ -61,7 +61,8 @@ type Row struct {
 	Tasks        int     `json:"tasks_guest"` // in its /proc
 	TasksEqual   int     `json:"tasks_equal"`
 	ModulesEqual int     `json:"modules_equal"`
-	AttachCold   float64 `json:"attach_cold_s"` // median
+	AttachCold   float64 `json:"attach_cold_s"`  // median
+	AttachFirst  float64 `json:"attach_first_s"` // the first of the cold ones
 	AttachCached float64 `json:"attach_cached_s"`
 	BytesRead    uint64  `json:"bytes_read"` // to attach cold
 	BytesCached  uint64  `json:"bytes_read_cached"`
@@ -69,6 +70,7 @@ type Row struct {
 	Attachments  int     `json:"attachments"`              // of each kind
 	Peer         string  `json:"peer"`                     // empty: none was measured
 	PeerSeconds  float64 `json:"peer_s,omitempty"`         // its attachment, median
+	PeerFirst    float64 `json:"peer_first_s,omitempty"`   // its first attachment, which reads its debug info from disk
 	PeerProcess  float64 `json:"peer_process_s,omitempty"` // all of the peer's process, its tasks listed
 }
 

@@ -68,6 +68,15 @@ func (r *Run) Summarize() error {
 				return err
 			}
 		}
+		for _, s := range slices.Backward(r.Samples) {
+			switch {
+			case s.Guest != row.Guest:
+			case s.Kind == Cold:
+				row.AttachFirst = s.Seconds
+			case s.Kind == Peer:
+				row.PeerFirst = s.Seconds
+			}
+		}
 		for kind, to := range map[Kind]*uint64{Cold: &row.BytesRead, Cached: &row.BytesCached} {
 			bytes, _, err := median(kind, size)
 			if err != nil {
