@@ -216,7 +216,7 @@ snapshots: fixture ## record anew the guests that unit tests read (golden files 
 	vm-fixtures/snapshots.sh $(abspath $(FIXTURE))
 
 .PHONY: bench-attach
-bench-attach: deps ## measure what it takes to attach to guests of each kernel; leaves results/attach
+bench-attach: deps ## measure what it takes to attach to guests of each kernel, and what drgn takes; leaves results/attach
 	go run ./bench/cmd/benchattach
 
 .PHONY: bench-watch

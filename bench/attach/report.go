@@ -61,6 +61,15 @@ func (r *Run) Summarize() error {
 				return err
 			}
 		}
+		for _, s := range slices.Backward(r.Samples) {
+			switch {
+			case s.Guest != row.Guest:
+			case s.Kind == Cold:
+				row.AttachFirst = s.Seconds
+			case s.Kind == Peer:
+				row.PeerFirst = s.Seconds
+			}
+		}
 		for kind, to := range map[Kind]*uint64{Cold: &row.BytesRead, Cached: &row.BytesCached} {
 			bytes, _, err := median(kind, size)
 			if err != nil {
@@ -117,28 +126,32 @@ func (r *Report) draw(w io.Writer) error {
 	p.Legend.Top = true
 	width := vg.Points(14)
 	var names []string
-	series := []struct {
+	type bars struct {
 		name   string
 		of     func(Row) float64
 		colour color.Color
-	}{
+	}
+	series := []bars{
 		{"cold", func(r Row) float64 { return r.AttachCold }, color.RGBA{R: 0x00, G: 0x9e, B: 0x73, A: 0xff}},
 		{"cached", func(r Row) float64 { return r.AttachCached }, color.RGBA{R: 0xa3, G: 0xdb, B: 0xcb, A: 0xff}},
+	}
+	if len(r.Peers()) > 0 {
+		series = append(series, bars{"drgn, with debug info", func(r Row) float64 { return r.PeerSeconds }, color.RGBA{R: 0xd5, G: 0x5e, B: 0x00, A: 0xff}})
 	}
 	for i, s := range series {
 		var values plotter.Values
 		for _, row := range r.Rows {
 			values = append(values, s.of(row))
 		}
-		bars, err := plotter.NewBarChart(values, width)
+		chart, err := plotter.NewBarChart(values, width)
 		if err != nil {
 			return err
 		}
-		bars.Color = s.colour
-		bars.LineStyle.Width = 0
-		bars.Offset = width * vg.Length(2*i-len(series)+1) / 2
-		p.Add(bars)
-		p.Legend.Add(s.name, bars)
+		chart.Color = s.colour
+		chart.LineStyle.Width = 0
+		chart.Offset = width * vg.Length(2*i-len(series)+1) / 2
+		p.Add(chart)
+		p.Legend.Add(s.name, chart)
 	}
 	for _, row := range r.Rows {
 		names = append(names, row.Guest)

@@ -45,7 +45,7 @@ func TestWrite(t *testing.T) {
 	}
 	for key, want := range map[string]any{
 		"guest_kernel": "6.12.1", "kaslr": true, "kpti": true, "levels": 4.0, "symbols_guest": 10.0, "symbols_equal": 9.0,
-		"offsets_checked": 7.0, "offsets_equal": 7.0, "attach_cold_s": 2.0, "attach_cached_s": 0.5, "bytes_read": 200.0, "peer": "drgn 1", "peer_s": 40.0, "process_s": 4.0, "peer_process_s": 60.0,
+		"offsets_checked": 7.0, "offsets_equal": 7.0, "attach_cold_s": 2.0, "attach_cached_s": 0.5, "bytes_read": 200.0, "peer": "drgn 1", "peer_s": 40.0, "process_s": 4.0, "peer_process_s": 60.0, "attach_first_s": 3.0, "peer_first_s": 40.0,
 	} {
 		if got := rows[0][key]; got != want {
 			t.Errorf("%s: %v, want %v", key, got, want)

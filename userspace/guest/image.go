@@ -69,6 +69,13 @@ func (m *Image) All() iter.Seq[Symbol] {
 	}
 }
 
+// WithoutModules are the symbols of the kernel image alone.
+func (m *Image) WithoutModules() *Image {
+	own := *m
+	own.modules, own.extents = nil, nil
+	return &own
+}
+
 // Len is the number of symbols.
 func (m *Image) Len() int {
 	n := m.Symbols.Len()

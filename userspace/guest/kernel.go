@@ -52,6 +52,7 @@ type Kernel struct {
 	cache    *Cache
 	found    *location
 	decoding *decoding // types that were begun with; nil: none
+	newest   string    // module, when ReadModules read them
 }
 
 // View is the kernel read through Space.View: for one operation of many small

@@ -47,6 +47,7 @@ func (k *Kernel) ReadModules(ctx context.Context) error {
 	}
 	v := k.View() // tables lie side by side
 	r := moduleReader{k: v}
+	k.newest, _ = v.newestModule(ctx)
 	err := errors.Join(r.modules(ctx), r.programs(ctx), r.trampolines(ctx), r.kprobes(ctx))
 	s := &Symbols{symbols: r.symbols, long: true}
 	s.sort()
@@ -55,6 +56,40 @@ func (k *Kernel) ReadModules(ctx context.Context) error {
 	image.modules, image.extents = s, r.extents
 	k.Image = &image
 	return err
+}
+
+// newestModule says which module is the first one of their list: the one that
+// was loaded last, of those that there are.
+func (k *Kernel) newestModule(ctx context.Context) (string, error) {
+	head, err := k.symbol("modules")
+	if err != nil {
+		return "", err
+	}
+	list, err := k.offset("module", "list")
+	if err != nil {
+		return "", err
+	}
+	first, err := k.Space.Pointer(ctx, head)
+	if err != nil {
+		return "", &ObjectError{"modules", head, err}
+	}
+	if first == head {
+		return "none", nil
+	}
+	o, err := k.Part(ctx, "module", first-list, "name")
+	if err != nil {
+		return "", err
+	}
+	name, err := o.String("name")
+	return fmt.Sprintf("%s at %#x", name, first), err
+}
+
+// SameModules says, by two small reads, whether the module that was loaded last
+// is the one that it was for ReadModules: none was loaded since, and the names
+// that addresses have hold.
+func (k *Kernel) SameModules(ctx context.Context) bool {
+	newest, err := k.newestModule(ctx)
+	return err == nil && newest == k.newest
 }
 
 type moduleReader struct {

@@ -116,6 +116,39 @@ func TestReadModules(t *testing.T) {
 	}
 }
 
+// TestSameModules: a module that was loaded where another one was is told from
+// it, and names can be left out.
+func TestSameModules(t *testing.T) {
+	ctx := t.Context()
+	for _, name := range attachable {
+		k, s := moduleKernel(t, name)
+		if err := k.ReadModules(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if !k.SameModules(ctx) {
+			t.Errorf("%s: the modules are said to be others", name)
+		}
+		if all := moduleSymbols(&Kernel{Image: k.Image.WithoutModules()}); len(all) > 0 || len(moduleSymbols(k)) == 0 {
+			t.Errorf("%s: %d of %d modules' symbols are left", name, len(all), len(moduleSymbols(k)))
+		}
+		head, err := k.symbol("modules")
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err1 := k.offset("module", "list")
+		field, err2 := k.offset("module", "name")
+		first, err3 := k.Space.Pointer(ctx, head)
+		tr, err4 := Translate(ctx, s, k.Space.Mode, k.Space.Root, first-list+field)
+		if err := errors.Join(err1, err2, err3, err4); err != nil {
+			t.Fatal(err)
+		}
+		s.write(t, tr.GPA, []byte("other\x00"))
+		if k.SameModules(ctx) {
+			t.Errorf("%s: another module is said to be the same", name)
+		}
+	}
+}
+
 func TestBootTime(t *testing.T) {
 	for _, name := range attachable {
 		k, s := moduleKernel(t, name)

@@ -207,15 +207,19 @@ func (m *Monitor) nameModules(ctx context.Context) {
 	if k == nil || k.Types == nil {
 		return
 	}
-	if d := m.now().Sub(m.refreshed); d >= 0 && d < max(modulesEvery, modulesShare*m.modulesTook) {
-		return
-	}
-	m.refreshed = m.now()
-	start := time.Now()
 	// Not through the VMM, which may take long.
 	memory := k.Space.Memory
 	k.Space.Memory = sourceMemory{m.src, m.vm.ID}
 	defer func() { k.Space.Memory = memory }()
+	if d := m.now().Sub(m.refreshed); d >= 0 && d < max(modulesEvery, modulesShare*m.modulesTook) {
+		if m.g.Image = k.Image; !k.SameModules(ctx) {
+			// Another one may be where one was: no name is better than a wrong one.
+			m.g.Image = k.Image.WithoutModules()
+		}
+		return
+	}
+	m.refreshed = m.now()
+	start := time.Now()
 	// What cannot be read is not named; the next look may find it in order.
 	if err := k.ReadModules(ctx); err != nil && !guestError(err) {
 		m.status.Unread++

@@ -25,6 +25,7 @@ import (
 
 	"github.com/kvmaccess/kvmaccess/userspace/daemon"
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/guest/dump"
 	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
@@ -43,6 +44,25 @@ var cost = regexp.MustCompile(`(?m)^(read) +\d.*|("read": \{)[^}]*`)
 // elsewhere are the reasons that package guest gives: why a recorded guest whose
 // kernel was not recorded has no symbols.
 var elsewhere = regexp.MustCompile(`(no symbols(?: in its memory)?): [^;\n]*`)
+
+// addressIn is the address of a symbol of a guest in a dump.
+func addressIn(t *testing.T, name, symbol string) uint64 {
+	t.Helper()
+	d, err := dump.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	k, err := guest.Attach(t.Context(), d, guest.AttachOptions{NoTypes: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	at, ok := k.Image.Lookup(symbol)
+	if !ok {
+		t.Fatalf("no symbol %s", symbol)
+	}
+	return at
+}
 
 // wholeGuest unpacks the complete guest.
 func wholeGuest(t *testing.T) string {
@@ -239,9 +259,10 @@ func newTestApp(m *fakeModule) (*app, *bytes.Buffer, *bytes.Buffer) {
 // testdata/golden; go test -update writes it.
 func TestGolden(t *testing.T) {
 	symbols, whole := symbolFile(t), wholeGuest(t)
+	inTable := fmt.Sprintf("%#x", addressIn(t, whole, "sys_call_table")+16)
 	for _, tt := range []struct {
 		file string
-		args string // $S is the symbol file, $W the whole guest
+		args string // $S is the symbol file, $W the whole guest, $A an address in its system call table
 		code int
 	}{
 		{"vms.txt", "vms", 0},
@@ -277,7 +298,7 @@ func TestGolden(t *testing.T) {
 		{"modules.json", "modules --dump $W -o json", 0},
 		{"symbols-name.txt", "symbols --dump $W sys_call_table", 0},
 		{"symbols-twice.txt", "symbols --dump $W cleanup_module", 0},
-		{"symbols-address.json", "symbols --dump $W 0xffffffffb3c00370 -o json", 0},
+		{"symbols-address.json", "symbols --dump $W $A -o json", 0},
 		{"symbols-none.txt", "symbols --dump $W nothing_has_this_name", 1},
 		{"symbols-nowhere.txt", "symbols --dump $W 0x1000", 1},
 		{"types.txt", "types --dump $W list_head", 0},
@@ -309,7 +330,7 @@ func TestGolden(t *testing.T) {
 	} {
 		t.Run(tt.file, func(t *testing.T) {
 			a, out, errs := newTestApp(newFakeModule(t))
-			code := a.run(t.Context(), strings.Fields(strings.NewReplacer("$S", symbols, "$W", whole).Replace(tt.args)))
+			code := a.run(t.Context(), strings.Fields(strings.NewReplacer("$S", symbols, "$W", whole, "$A", inTable).Replace(tt.args)))
 			if code != tt.code {
 				t.Errorf("exit code %d, want %d", code, tt.code)
 			}
