@@ -10,6 +10,7 @@ import (
 	"maps"
 	"math"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -354,6 +355,9 @@ func (j *journal) storeBatch() (more bool, err error) {
 		return false, nil
 	}
 
+	// To encode a baseline takes milliseconds of a CPU, of the only one maybe:
+	// who follows the findings hears of them first.
+	runtime.Gosched()
 	err = j.put(w)
 
 	j.mu.Lock()

@@ -142,11 +142,10 @@ func (m *Monitor) compare(o *object, items []Item, failed bool) {
 	if failed {
 		return
 	}
-	slices.SortFunc(keys, itemKey.compare)
-	for _, k := range keys {
-		if !now[k] {
-			m.vanish(k)
-		}
+	vanished := slices.DeleteFunc(keys, func(k itemKey) bool { return now[k] })
+	slices.SortFunc(vanished, itemKey.compare)
+	for _, k := range vanished {
+		m.vanish(k)
 	}
 }
 
