@@ -208,15 +208,6 @@ func (h *fakeHost) setModule(loaded bool) {
 	}
 }
 
-func (h *fakeHost) lastMonitor() *fakeMonitor {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if len(h.monitors) == 0 {
-		return nil
-	}
-	return h.monitors[len(h.monitors)-1]
-}
-
 type fakeSource struct {
 	integrity.Source
 	h *fakeHost

@@ -262,8 +262,13 @@ func (w *Watcher) wake() {
 // Receive waits for the next event, of any watch. ErrEventsLost says that this
 // program did not receive for so long that events had to be dropped: what they
 // told is to be found out otherwise. After Close the error is net.ErrClosed.
+// Once ctx has ended there is no event, though more may wait: they may come
+// faster than they are taken.
 func (w *Watcher) Receive(ctx context.Context) (WatchEvent, error) {
 	for {
+		if err := ctx.Err(); err != nil {
+			return WatchEvent{}, fmt.Errorf("kvmaccess: receive: %w", err)
+		}
 		w.mu.Lock()
 		switch {
 		case len(w.events) > 0:
@@ -284,7 +289,6 @@ func (w *Watcher) Receive(ctx context.Context) (WatchEvent, error) {
 		select {
 		case <-news:
 		case <-ctx.Done():
-			return WatchEvent{}, fmt.Errorf("kvmaccess: receive: %w", ctx.Err())
 		}
 	}
 }
@@ -490,15 +494,20 @@ func (w *Watch) Close(ctx context.Context) (WatchStats, error) {
 	return w.w.request(ctx, cmdWatchDel, w.VM, appendU64(nil, aWatchID, uint64(w.ID)))
 }
 
-// Stats is the account of the watch.
-func (w *Watch) Stats(ctx context.Context) (WatchStats, error) {
-	for {
-		s, err := w.w.request(ctx, cmdWatchGet, w.VM, appendU64(nil, aWatchID, uint64(w.ID)))
+// maxAsked bounds how often Stats asks while its answers are lost among events.
+const maxAsked = 16
+
+// Stats is the account of the watch. ENOBUFS says that events, of a guest that
+// makes many, left no place for any answer.
+func (w *Watch) Stats(ctx context.Context) (s WatchStats, err error) {
+	for range maxAsked {
+		s, err = w.w.request(ctx, cmdWatchGet, w.VM, appendU64(nil, aWatchID, uint64(w.ID)))
 		// To ask again does no harm.
 		if !errors.Is(err, unix.ENOBUFS) {
-			return s, err
+			break
 		}
 	}
+	return s, err
 }
 
 // Watches lists the accounts of all watches, whoever owns them.
