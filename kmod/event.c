@@ -5,6 +5,7 @@
  */
 #include <linux/ktime.h>
 #include <linux/timekeeping.h>
+#include <net/sock.h>
 
 #include "netlink.h"
 #include "tick.h"
@@ -46,6 +47,17 @@ void kvmaccess_event_observe(struct kvmaccess_watch *w, struct kvmaccess_track *
 }
 
 /*
+ * Events have a quarter of the owner's buffer, and wait here beyond that, where
+ * they are fewer the longer they wait. The rest is for answers to requests: of
+ * one that finds the buffer full nobody is told, if the reader has been told of
+ * events that found it so.
+ */
+static bool has_room(const struct kvmaccess_watch *w)
+{
+	return atomic_read(&w->sk->sk_rmem_alloc) < READ_ONCE(w->sk->sk_rcvbuf) / 4;
+}
+
+/*
  * The number of a socket that is closed may be another one's, and is for as
  * long as its watches do not know: some microseconds.
  */
@@ -71,7 +83,7 @@ void kvmaccess_event_tell(struct kvmaccess_watch *w, struct kvmaccess_item *item
 	if (!track->pending)
 		return;
 	if (!is_allowed(item->allowed, w->now, ITEM_INTERVAL, ITEM_BURST) ||
-	    !is_allowed(w->allowed, w->now, WATCH_INTERVAL, WATCH_BURST)) {
+	    !is_allowed(w->allowed, w->now, WATCH_INTERVAL, WATCH_BURST) || !has_room(w)) {
 		w->untold = true;
 		return;
 	}

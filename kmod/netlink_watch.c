@@ -107,13 +107,17 @@ static struct kvmaccess_watch *get_watch(struct genl_info *info, bool own)
 
 /* WATCH_NEW */
 
-static int parse_config(struct genl_info *info, struct kvmaccess_watch_config *config)
+static int parse_config(struct sk_buff *skb, struct genl_info *info,
+			struct kvmaccess_watch_config *config)
 {
 	struct nlattr *period = info->attrs[KVMACCESS_A_WATCH_PERIOD];
 	struct nlattr *budget = info->attrs[KVMACCESS_A_WATCH_BUDGET];
 	struct nlattr *key = info->attrs[KVMACCESS_A_WATCH_KEY];
 
-	*config = (struct kvmaccess_watch_config){ .portid = info->snd_portid };
+	*config = (struct kvmaccess_watch_config){
+		.sk = NETLINK_CB(skb).sk,
+		.portid = info->snd_portid,
+	};
 	if (!period)
 		return kvmaccess_request_miss(info->extack, "PERIOD is missing");
 	config->period = nla_get_u64(period);
@@ -140,7 +144,7 @@ int kvmaccess_netlink_watch_new(struct sk_buff *skb, struct genl_info *info)
 
 	err = kvmaccess_request_check(skb, info->extack);
 	if (!err)
-		err = parse_config(info, &config);
+		err = parse_config(skb, info, &config);
 	if (!err)
 		err = kvmaccess_request_begin(&r, info, info->attrs[KVMACCESS_A_WATCH_VM_ID],
 					      true, KVMACCESS_REPLY_SIZE);

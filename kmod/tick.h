@@ -30,6 +30,7 @@ struct kvmaccess_watch {
 	struct hrtimer timer;
 	struct kthread_work work;
 	struct kvmaccess_digest *digest;	/* NULL: no key was given */
+	struct sock *sk;		/* its owner; only its memory outlives its end */
 	bool deaf;			/* its owner hears nothing any more */
 
 	u32 busy;	/* from the timer that began a tick until its end */

@@ -26,6 +26,7 @@
 #include <linux/slab.h>
 #include <linux/xarray.h>
 #include <net/net_namespace.h>
+#include <net/sock.h>
 
 #include "digest.h"
 #include "tick.h"
@@ -240,6 +241,8 @@ struct kvmaccess_watch *kvmaccess_watch_new(struct kvmaccess_vm *vm,
 	INIT_LIST_HEAD(&w->registers);
 	w->next = &w->memory;
 	w->stats.vm_id = vm->id;
+	w->sk = config->sk;
+	sock_hold(w->sk);
 	w->stats.portid = config->portid;
 	w->stats.period = config->period;
 	w->stats.effective = config->period;
@@ -267,6 +270,7 @@ struct kvmaccess_watch *kvmaccess_watch_new(struct kvmaccess_vm *vm,
 	if (!err)
 		return w;
 
+	sock_put(w->sk);
 	kfree_sensitive(w->digest);
 err_free:
 	kfree(w);
@@ -281,6 +285,7 @@ void kvmaccess_watch_put(struct kvmaccess_watch *w)
 	kvfree(w->vcpus);
 	kfree_sensitive(w->digest);
 	kvmaccess_vm_forget(w->vm);
+	sock_put(w->sk);
 	kfree(w);
 }
 

@@ -10,10 +10,12 @@
 struct kvmaccess_vm;
 struct kvmaccess_watch;
 struct netlink_ext_ack;
+struct sock;
 
 /* What somebody wants. */
 struct kvmaccess_watch_config {
-	u32 portid;		/* of the socket that it belongs to */
+	struct sock *sk;	/* that it belongs to */
+	u32 portid;		/* the same's */
 	u64 period;		/* ns */
 	u32 budget;		/* bytes of digests a tick */
 	const void *key;	/* of digests; NULL: none */
