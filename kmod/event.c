@@ -16,6 +16,9 @@
 #define WATCH_BURST	512
 #define WATCH_INTERVAL	NSEC_PER_MSEC
 
+/* What events may take of the memory of a socket: some hundred of them. */
+#define MAX_UNREAD	(512 << 10)
+
 static bool is_allowed(u64 allowed, u64 now, u64 interval, unsigned int burst)
 {
 	return allowed <= now + (burst - 1) * interval;
@@ -50,11 +53,12 @@ void kvmaccess_event_observe(struct kvmaccess_watch *w, struct kvmaccess_track *
  * Events have a quarter of the owner's buffer, and wait here beyond that, where
  * they are fewer the longer they wait. The rest is for answers to requests: of
  * one that finds the buffer full nobody is told, if the reader has been told of
- * events that found it so.
+ * events that found it so. Answers stand behind events, so these are not many.
  */
 static bool has_room(const struct kvmaccess_watch *w)
 {
-	return atomic_read(&w->sk->sk_rmem_alloc) < READ_ONCE(w->sk->sk_rcvbuf) / 4;
+	return atomic_read(&w->sk->sk_rmem_alloc) <
+	       min(READ_ONCE(w->sk->sk_rcvbuf) / 4, MAX_UNREAD);
 }
 
 /*

@@ -71,11 +71,11 @@
  * second from then on, each watch 512 and 1000. An item that may not keeps
  * what it has to tell, the latest state of it; COALESCED counts the changes in
  * between. Events that are not read have a quarter of the socket's buffer
- * (SO_RCVBUF), so that answers find room; those beyond wait in their items in
- * the same way. LOST counts the events that did not reach the owner since the
- * one before, for want of memory; those items try again. STATE_ENDED without a
- * COOKIE says that the VM is gone or that the module is being
- * unloaded; the watch does nothing more.
+ * (SO_RCVBUF), 512 KiB at most, so that answers find room and come soon; those
+ * beyond wait in their items in the same way. LOST counts the events that did
+ * not reach the owner since the one before, for want of memory; those items try
+ * again. STATE_ENDED without a COOKIE says that the VM is gone or that the
+ * module is being unloaded; the watch does nothing more.
  *
  * A vCPU that has not run since the last tick costs nothing. One that has is
  * captured as by VCPU_GET, if there are REGISTERs at all. One that never ran
