@@ -21,7 +21,8 @@ import (
 // client, which refuses some of this by itself.
 const (
 	cmdVMGet, cmdVCPUGet, cmdTableGet, cmdMemRead = 2, 4, 5, 6
-	cmdWatchDel, cmdWatchGet                      = 12, 13
+	cmdWatchNew, cmdWatchAdd                      = 10, 11
+	cmdWatchDel, cmdWatchGet, cmdWatchEvent       = 12, 13, 14
 
 	aVMID                                     = 2
 	aVCPUVMID, aVCPUID                        = 2, 3
@@ -29,7 +30,11 @@ const (
 	aTableOffset, aTableLength                = 5, 6
 	aMemVMID, aMemVCPUID, aMemRoot, aMemRange = 2, 3, 4, 5
 	aRangeAddress, aRangeLength               = 2, 3
-	aWatchID                                  = 2
+	aWatchID, aWatchVMID, aWatchPeriod        = 2, 3, 4
+	aWatchItem                                = 7
+	aItemCookie, aItemKind, aItemGPA          = 2, 3, 4
+	aItemValue, kindEntry                     = 6, 2
+	aEventLost, aEventCookie                  = 8, 9
 	unknownAttribute                          = 200
 )
 
@@ -53,8 +58,7 @@ func dialModule(t *testing.T) module {
 	return module{conn, family}
 }
 
-// ask sends one request and returns what came of it.
-func (m module) ask(t *testing.T, command uint8, flags netlink.HeaderFlags, fill func(*netlink.AttributeEncoder)) error {
+func (m module) request(t *testing.T, command uint8, fill func(*netlink.AttributeEncoder)) genetlink.Message {
 	t.Helper()
 	e := netlink.NewAttributeEncoder()
 	fill(e)
@@ -62,10 +66,36 @@ func (m module) ask(t *testing.T, command uint8, flags netlink.HeaderFlags, fill
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = m.Execute(genetlink.Message{
-		Header: genetlink.Header{Command: command, Version: m.family.Version}, Data: data,
-	}, m.family.ID, netlink.Request|flags)
+	return genetlink.Message{Header: genetlink.Header{Command: command, Version: m.family.Version}, Data: data}
+}
+
+// ask sends one request and returns what came of it.
+func (m module) ask(t *testing.T, command uint8, flags netlink.HeaderFlags, fill func(*netlink.AttributeEncoder)) error {
+	t.Helper()
+	_, err := m.Execute(m.request(t, command, fill), m.family.ID, netlink.Request|flags)
 	return err
+}
+
+// answer sends one request and returns the answer, and the events before it.
+func (m module) answer(t *testing.T, command uint8, fill func(*netlink.AttributeEncoder)) (genetlink.Message, []genetlink.Message) {
+	t.Helper()
+	sent, err := m.Send(m.request(t, command, fill), m.family.ID, netlink.Request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var events []genetlink.Message
+	for {
+		got, headers, err := m.Receive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, g := range got {
+			if headers[i].Header.Sequence == sent.Header.Sequence {
+				return g, events
+			}
+			events = append(events, g)
+		}
+	}
 }
 
 func ranges(n int, address uint64, length uint32) func(*netlink.AttributeEncoder) {

@@ -867,6 +867,88 @@ func TestWatchManyItems(t *testing.T) {
 	}
 }
 
+// An owner that does not read for a while is answered nonetheless, and then told
+// of everything: what its buffer has no room for waits.
+func TestWatchUnreadEvents(t *testing.T) {
+	const items = 512
+	c, k := newClient(t), openKVM(t)
+	_, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: tinyvm.Spin(tinyvm.Long)})
+	m := dialModule(t)
+	if err := m.SetDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.SetReadBuffer(64 << 10); err != nil {
+		t.Fatal(err)
+	}
+	reply, _ := m.answer(t, cmdWatchNew, func(e *netlink.AttributeEncoder) {
+		e.Uint64(aWatchVMID, uint64(vm.ID))
+		e.Uint64(aWatchPeriod, uint64(kvmaccess.WatchMinPeriod))
+	})
+	d, err := netlink.NewAttributeDecoder(reply.Data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var watch uint64
+	for d.Next() {
+		if d.Type() == aWatchID {
+			watch = d.Uint64()
+		}
+	}
+	if err := d.Err(); err != nil || watch == 0 {
+		t.Fatalf("watch %d, %v", watch, err)
+	}
+	named := func(e *netlink.AttributeEncoder) { e.Uint64(aWatchID, watch) }
+	_, events := m.answer(t, cmdWatchAdd, func(e *netlink.AttributeEncoder) {
+		named(e)
+		for i := range uint64(items) {
+			e.Nested(aWatchItem, func(e *netlink.AttributeEncoder) error {
+				e.Uint64(aItemCookie, i)
+				e.Uint32(aItemKind, kindEntry)
+				e.Uint64(aItemGPA, tinyvm.Code+i/8*8)
+				e.Uint64(aItemValue, 1<<63|i)
+				return nil
+			})
+		}
+	})
+	for range 3 {
+		time.Sleep(20 * time.Millisecond)
+		_, more := m.answer(t, cmdWatchGet, named)
+		events = append(events, more...)
+	}
+	// What was there before the last answer is but a part of all.
+	if len(events) >= items {
+		t.Errorf("%d events of %d had room", len(events), items)
+	}
+	told := map[uint64]bool{}
+	for len(told) < items {
+		for _, event := range events {
+			d, err := netlink.NewAttributeDecoder(event.Data)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for d.Next() {
+				switch d.Type() {
+				case aEventCookie:
+					told[d.Uint64()] = true
+				case aEventLost:
+					if lost := d.Uint64(); lost > 0 {
+						t.Fatalf("%d events lost", lost)
+					}
+				}
+			}
+			if err := d.Err(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(told) == items {
+			break
+		}
+		if events, _, err = m.Receive(); err != nil {
+			t.Fatalf("%d of %d items: %v", len(told), items, err)
+		}
+	}
+}
+
 // More than a period has time for: it is stretched, and says so; the host goes on.
 func TestWatchStretched(t *testing.T) {
 	const gpa, size = 1 << 30, 16 << 20
