@@ -16,9 +16,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -52,6 +54,7 @@ type Guest struct {
 	out  bytes.Buffer
 	exit chan struct{} // closed when QEMU has ended
 	err  error         // of QEMU, once exit is closed
+	quit atomic.Bool   // somebody ended it
 
 	mu    sync.Mutex // one request at a time
 	conn  net.Conn
@@ -135,12 +138,29 @@ func Launch(ctx context.Context, c Config) (_ *Guest, err error) {
 // failed adds to an error what the guest and its QEMU said.
 func (g *Guest) failed(err error) error {
 	qemu := ""
+	console := g.Console()
 	select {
 	case <-g.exit:
 		qemu = g.out.String()
+		if g.err == nil && !g.quit.Load() && !lastWords.MatchString(console) {
+			err = fmt.Errorf("%w: %s", err, host.SilentGuest)
+		}
 	default:
 	}
-	return fmt.Errorf("guest %s: %w\nQEMU: %s\nits console:\n%s", g.Name, err, qemu, g.Console())
+	return fmt.Errorf("guest %s: %w\nQEMU: %s\nits console:\n%s", g.Name, err, qemu, console)
+}
+
+// lastWords are what Linux says before it ends, or lets another kernel begin.
+var lastWords = regexp.MustCompile(`Kernel panic|Oops|BUG:|double fault|reboot: |sysrq: |Starting new kernel`)
+
+// Ended is an error, with what the guest said, of one whose QEMU has ended.
+func (g *Guest) Ended() error {
+	select {
+	case <-g.exit:
+		return g.failed(errors.New("it has ended"))
+	default:
+		return nil
+	}
 }
 
 // Up waits until the guest's agent answers.
@@ -289,6 +309,7 @@ func (g *Guest) Done() <-chan struct{} { return g.exit }
 
 // Stop ends the guest as its owner would, by QMP, and waits until it is gone.
 func (g *Guest) Stop(ctx context.Context) error {
+	g.quit.Store(true)
 	if _, err := g.QMP(ctx, "quit", nil); err != nil {
 		return errors.Join(err, g.Kill())
 	}

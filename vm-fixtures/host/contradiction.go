@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"regexp"
 	"strconv"
 )
@@ -48,6 +49,25 @@ func silentReset(resets, console []byte) error {
 		return nil
 	}
 	return fmt.Errorf("%w: its processor ended by a triple fault, and the kernel had no word to say", errContradiction)
+}
+
+// SilentGuest is in the output of a command that met a guest whose processor
+// gave up while its kernel said nothing: what silentReset is for the host's. QEMU
+// was seen to end nested guests so, too, and less often.
+const SilentGuest = "its processor gave up, and its kernel had no word to say"
+
+// listener hears whether SilentGuest is in what is written to another.
+type listener struct {
+	io.Writer
+	last  []byte
+	heard bool
+}
+
+func (l *listener) Write(p []byte) (int, error) {
+	l.last = append(l.last, p...)
+	l.heard = l.heard || bytes.Contains(l.last, []byte(SilentGuest))
+	l.last = append(l.last[:0], l.last[max(0, len(l.last)-len(SilentGuest)):]...)
+	return l.Writer.Write(p)
 }
 
 // contradiction looks for a fault on a page of the kernel's image that was

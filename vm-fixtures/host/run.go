@@ -78,7 +78,8 @@ var ErrTrouble = errors.New("the emulated host is in trouble")
 // Run boots the host and returns the command's exit code. An error says that
 // the host failed: it did not come up, its kernel complained, it ended
 // without the closing record, or took too long. Where what it left proves that
-// it was the emulator's fault, all is run once more.
+// it was the emulator's fault, or the command failed and met a SilentGuest, all
+// is run once more.
 func Run(ctx context.Context, c Config) (code int, err error) {
 	if len(c.Args) == 0 {
 		return 0, errors.New("no command to run")
@@ -94,7 +95,13 @@ func Run(ctx context.Context, c Config) (code int, err error) {
 	defer root.Close()
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
-	code, err = runOnce(ctx, root, c)
+	once := c
+	out, complaints := &listener{Writer: c.Stdout}, &listener{Writer: c.Stderr}
+	once.Stdout, once.Stderr = out, complaints
+	code, err = runOnce(ctx, root, once)
+	if err == nil && code != 0 && (out.heard || complaints.heard) {
+		err = fmt.Errorf("%w: of a guest, %s", errContradiction, SilentGuest)
+	}
 	if errors.Is(err, errContradiction) {
 		c.Log.Error("once more, from the start", "because", err)
 		code, err = runOnce(ctx, root, c)

@@ -96,11 +96,9 @@ func testContext(t *testing.T) context.Context {
 func sharedGuest(t *testing.T, name string) *guest.Guest {
 	t.Helper()
 	if g, ok := shared[name]; ok {
-		select {
-		case <-g.Done():
+		if err := g.Ended(); err != nil {
 			delete(shared, name)
-			t.Fatalf("guest %s has ended; its console:\n%s", name, g.Console())
-		default:
+			t.Fatal(err)
 		}
 		return g
 	}
