@@ -51,7 +51,8 @@ func live(t *testing.T, c *kvmaccess.Client, vm kvmaccess.VM) liveVM {
 func attached(t *testing.T, src guest.Source, what string, wanted func(*kvmaccess.VCPU) bool) *guest.Kernel {
 	t.Helper()
 	ctx := testContext(t)
-	for end := time.Now().Add(time.Minute); ; {
+	// Each takes a quarter of a minute on a host with sanitizers.
+	for end := time.Now().Add(4 * time.Minute); ; {
 		start := time.Now()
 		k, err := guest.Attach(ctx, src, guest.AttachOptions{})
 		if err != nil {
