@@ -2,6 +2,7 @@
 #ifndef _KVMACCESS_HOSTPAGE_H
 #define _KVMACCESS_HOSTPAGE_H
 
+#include <linux/pgtable.h>
 #include <linux/types.h>
 #include <asm/asm.h>
 
@@ -24,7 +25,7 @@ struct mm_struct;
 		     "2: movb $0, %[ok]\n\t"				\
 		     "3:\n\t"						\
 		     KVMACCESS_HOSTPAGE_FIXUP(1b, 2b)			\
-		     : [v] "+q"(value), [ok] "+m"(got) : [at] "m"(from));	\
+		     : [v] "+q"(value), [ok] "+q"(got) : [at] "m"(from));	\
 	got;								\
 })
 
@@ -44,15 +45,32 @@ static inline bool kvmaccess_hostpage_get_byte(u8 *value, const void *at)
 /* The way to a page, as far as it is also that of its neighbours. */
 struct kvmaccess_hostpage_path {
 	unsigned long region;	/* addresses, shifted by PMD_SHIFT; ~0: none */
-	u64 entry;		/* the last that all of them have in common */
-	unsigned int shift;	/* of what it maps, or PAGE_SHIFT: a table */
+	const void *at;		/* what it is, or the table of its pages */
+	bool large;		/* the former */
+	unsigned long wide;	/* addresses, shifted by PUD_SHIFT; ~0: none */
+	u64 entry;		/* in charge of all of those */
 };
 
-#define KVMACCESS_HOSTPAGE_PATH	{ .region = ~0UL }
+#define KVMACCESS_HOSTPAGE_PATH	{ .region = ~0UL, .wide = ~0UL }
 
-const void * __must_check
+bool __must_check kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
+					  struct kvmaccess_hostpage_path *path);
+const void * __must_check kvmaccess_hostpage_in(const void *table, unsigned long hva);
+
+/*
+ * Where the kernel has what the VMM has at @hva; NULL if no page is in place
+ * there. With interrupts off, since @path began as KVMACCESS_HOSTPAGE_PATH. What
+ * is there is to be read as above only.
+ */
+static inline const void * __must_check
 kvmaccess_hostpage_by(struct mm_struct *mm, unsigned long hva,
-		      struct kvmaccess_hostpage_path *path);
+		      struct kvmaccess_hostpage_path *path)
+{
+	if (path->region != hva >> PMD_SHIFT && !kvmaccess_hostpage_find(mm, hva, path))
+		return NULL;
+	return path->large ? path->at + (hva & ~PMD_MASK) : kvmaccess_hostpage_in(path->at, hva);
+}
+
 const void * __must_check kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva);
 int __must_check kvmaccess_hostpage_copy(struct mm_struct *mm, unsigned long hva,
 					 void *to, u32 len);
