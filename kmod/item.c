@@ -50,58 +50,56 @@ void kvmaccess_item_free(struct kvmaccess_item *item)
 	kfree(item);
 }
 
-/* Bytes that are compared before the loop goes round: 16 words. */
-#define GROUP	128
+/* Words that are compared before the loop goes round. */
+#define GROUP	16
 
 /*
- * How many bytes from the start of @have are like those at @want, in whole
- * GROUPs of the first @length, which is a multiple of GROUP. Where @have cannot
- * be read *@absent becomes true. Three instructions for 8 bytes, and no more.
+ * Whether the first @length bytes of @have, of which there are one or more times
+ * @words words, can be read and are like those of @want. Three instructions for
+ * 8 bytes, and two more for each time.
  */
-static __always_inline u32 count_equal(const void *have, const void *want, u32 length,
-				       bool *absent)
+static __always_inline bool are_equal(const void *have, const void *want, u32 length,
+				      const int words)
 {
 	long i = -(long)length;
 	u64 word;
 
 	asm volatile("1:\n\t"
-		     ".irp at, 0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120\n\t"
-		     "2: movq \\at(%[have],%[i]), %[word]\n\t"
-		     "cmpq \\at(%[want],%[i]), %[word]\n\t"
-		     "jne 4f\n\t"
+		     ".set .Lat, 0\n\t"
+		     ".rept %c[words]\n\t"
+		     "2: movq .Lat(%[have],%[i]), %[word]\n\t"
+		     "cmpq .Lat(%[want],%[i]), %[word]\n\t"
+		     "jne 3f\n\t"
 		     KVMACCESS_HOSTPAGE_FIXUP(2b, 3f)
+		     ".set .Lat, .Lat + 8\n\t"
 		     ".endr\n\t"
-		     "addq %[group], %[i]\n\t"
+		     "addq %[bytes], %[i]\n\t"
 		     "jnz 1b\n\t"
-		     "jmp 4f\n\t"
-		     "3: movb $1, %[absent]\n\t"
-		     "4:\n\t"
-		     : [i] "+r"(i), [word] "=&r"(word), [absent] "+m"(*absent)
+		     "3:\n\t"
+		     : [i] "+r"(i), [word] "=&r"(word)
 		     : [have] "r"(have + length), [want] "r"(want + length),
-		       [group] "e"(GROUP)
+		       [words] "i"(words), [bytes] "i"(8 * words)
 		     : "cc", "memory");
-	return length + i;
+	return !i;
 }
 
 /* Whether what is at @at, where a page of the host is, is as expected. */
 bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 {
-	u32 whole = round_down(length, GROUP);
-	bool absent = false;
-	u32 i;
-	u64 word;
+	u32 n = round_down(length, 8 * GROUP);
 	u8 byte;
 
-	if (whole && (count_equal(at, expected, whole, &absent) != whole || absent))
+	if (n && !are_equal(at, expected, n, GROUP))
 		return false;
-	for (i = whole; i + sizeof(word) <= length; i += sizeof(word)) {
-		if (!kvmaccess_hostpage_get_word(&word, at + i) ||
-		    word != *(const u64 *)(expected + i))
-			return false;
-	}
-	for (; i < length; i++) {
-		if (!kvmaccess_hostpage_get_byte(&byte, at + i) ||
-		    byte != ((const u8 *)expected)[i])
+	at += n;
+	expected += n;
+	length -= n;
+	n = round_down(length, 8);
+	if (n && !are_equal(at, expected, n, 1))
+		return false;
+	for (; n < length; n++) {
+		if (!kvmaccess_hostpage_get_byte(&byte, at + n) ||
+		    byte != ((const u8 *)expected)[n])
 			return false;
 	}
 	return true;

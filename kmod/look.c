@@ -10,6 +10,7 @@
  * compared is what the host has.
  */
 #include <linux/kvm_host.h>
+#include <linux/list_sort.h>
 #include <linux/random.h>
 #include <linux/siphash.h>
 #include <linux/slab.h>
@@ -48,8 +49,8 @@ static unsigned long hva_of(struct kvm_memslots *slots, u64 gpa)
 }
 
 /* With interrupts off since @path began; false also where it cannot be told. */
-static bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item,
-			struct kvmaccess_hostpage_path *path)
+static __always_inline bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item,
+					struct kvmaccess_hostpage_path *path)
 {
 	const void *at = kvmaccess_hostpage_by(mm, item->hva, path);
 	u64 value;
@@ -209,6 +210,23 @@ static bool look_at_memory(struct kvmaccess_watch *w, struct kvm *kvm)
 			look_closer(w, kvm, item);
 	}
 	return walk_digests(w, kvm, left);
+}
+
+static int compare_gpa(void *unused, const struct list_head *a, const struct list_head *b)
+{
+	u64 of_a = list_entry(a, struct kvmaccess_item, list)->gpa;
+	u64 of_b = list_entry(b, struct kvmaccess_item, list)->gpa;
+
+	return of_a < of_b ? -1 : of_a > of_b;
+}
+
+/*
+ * Before the timer may look, and after all memory has been looked at: bring what
+ * shares the way to its pages together. The order means nothing else.
+ */
+void kvmaccess_look_sort(struct kvmaccess_watch *w)
+{
+	list_sort(NULL, &w->memory, compare_gpa);
 }
 
 /*

@@ -83,6 +83,7 @@ u64 kvmaccess_tick_period(const struct kvmaccess_watch *watch);
 void __init kvmaccess_look_init(void);
 void kvmaccess_look_begin(struct kvmaccess_watch *watch);
 bool __must_check kvmaccess_look(struct kvmaccess_watch *watch);
+void kvmaccess_look_sort(struct kvmaccess_watch *watch);
 bool kvmaccess_look_is_memory_expected(struct kvmaccess_watch *watch);
 int kvmaccess_look_at_vcpus_here(struct kvmaccess_watch *watch);
 
