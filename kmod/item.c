@@ -105,43 +105,53 @@ bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 	return true;
 }
 
+/* Where registers are in the state of a vCPU. */
+static const u16 places[] = {
+#define PLACE(member)	offsetof(struct kvmaccess_vcpu_state, member)
+	[KVMACCESS_REGISTER_CR0] = PLACE(cr0),
+	[KVMACCESS_REGISTER_CR3] = PLACE(cr3),
+	[KVMACCESS_REGISTER_CR4] = PLACE(cr4),
+	[KVMACCESS_REGISTER_EFER] = PLACE(efer),
+	[KVMACCESS_REGISTER_GDTR_BASE] = PLACE(gdt.address),
+	[KVMACCESS_REGISTER_GDTR_LIMIT] = PLACE(gdt.size),
+	[KVMACCESS_REGISTER_IDTR_BASE] = PLACE(idt.address),
+	[KVMACCESS_REGISTER_IDTR_LIMIT] = PLACE(idt.size),
+	[KVMACCESS_REGISTER_TR_BASE] = PLACE(segment[VCPU_SREG_TR].base),
+	[KVMACCESS_REGISTER_TR_SELECTOR] = PLACE(segment[VCPU_SREG_TR].selector),
+	[KVMACCESS_REGISTER_LDTR_SELECTOR] = PLACE(segment[VCPU_SREG_LDTR].selector),
+	[KVMACCESS_REGISTER_DR0] = PLACE(db[0]),
+	[KVMACCESS_REGISTER_DR1] = PLACE(db[1]),
+	[KVMACCESS_REGISTER_DR2] = PLACE(db[2]),
+	[KVMACCESS_REGISTER_DR3] = PLACE(db[3]),
+	[KVMACCESS_REGISTER_DR7] = PLACE(dr7),
+	[KVMACCESS_REGISTER_STAR] = PLACE(msr[KVMACCESS_MSR_STAR]),
+	[KVMACCESS_REGISTER_LSTAR] = PLACE(msr[KVMACCESS_MSR_LSTAR]),
+	[KVMACCESS_REGISTER_CSTAR] = PLACE(msr[KVMACCESS_MSR_CSTAR]),
+	[KVMACCESS_REGISTER_SFMASK] = PLACE(msr[KVMACCESS_MSR_SFMASK]),
+	[KVMACCESS_REGISTER_SYSENTER_CS] = PLACE(msr[KVMACCESS_MSR_SYSENTER_CS]),
+	[KVMACCESS_REGISTER_SYSENTER_ESP] = PLACE(msr[KVMACCESS_MSR_SYSENTER_ESP]),
+	[KVMACCESS_REGISTER_SYSENTER_EIP] = PLACE(msr[KVMACCESS_MSR_SYSENTER_EIP]),
+	[KVMACCESS_REGISTER_PAT] = PLACE(pat),
+#undef PLACE
+};
+
+/* Those of 16 bits; all others have 64 there. */
+#define LIMITS_AND_SELECTORS	(BIT_ULL(KVMACCESS_REGISTER_GDTR_LIMIT) |	\
+				 BIT_ULL(KVMACCESS_REGISTER_IDTR_LIMIT) |	\
+				 BIT_ULL(KVMACCESS_REGISTER_TR_SELECTOR) |	\
+				 BIT_ULL(KVMACCESS_REGISTER_LDTR_SELECTOR))
+
 u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *s,
 			    enum kvmaccess_register reg)
 {
-	switch (reg) {
-	case KVMACCESS_REGISTER_CR0:
-		return s->cr0;
-	case KVMACCESS_REGISTER_CR3:
-		return s->cr3;
-	case KVMACCESS_REGISTER_CR4:
-		return s->cr4;
-	case KVMACCESS_REGISTER_EFER:
-		return s->efer;
-	case KVMACCESS_REGISTER_GDTR_BASE:
-		return s->gdt.address;
-	case KVMACCESS_REGISTER_GDTR_LIMIT:
-		return s->gdt.size;
-	case KVMACCESS_REGISTER_IDTR_BASE:
-		return s->idt.address;
-	case KVMACCESS_REGISTER_IDTR_LIMIT:
-		return s->idt.size;
-	case KVMACCESS_REGISTER_TR_BASE:
-		return s->segment[VCPU_SREG_TR].base;
-	case KVMACCESS_REGISTER_TR_SELECTOR:
-		return s->segment[VCPU_SREG_TR].selector;
-	case KVMACCESS_REGISTER_LDTR_SELECTOR:
-		return s->segment[VCPU_SREG_LDTR].selector;
-	case KVMACCESS_REGISTER_DR0 ... KVMACCESS_REGISTER_DR3:
-		return s->db[reg - KVMACCESS_REGISTER_DR0];
-	case KVMACCESS_REGISTER_DR7:
-		return s->dr7;
-	case KVMACCESS_REGISTER_STAR ... KVMACCESS_REGISTER_SYSENTER_EIP:
-		return s->msr[reg - KVMACCESS_REGISTER_STAR];
-	case KVMACCESS_REGISTER_PAT:
-		return s->pat;
-	default:
-		return 0;
-	}
+	const void *at = (const void *)s + places[reg];
+	u64 value;
+
+	if (BIT_ULL(reg) & LIMITS_AND_SELECTORS)
+		return *(const u16 *)at;
+	/* The base of a table is where its limit ends. */
+	memcpy(&value, at, sizeof(value));
+	return value;
 }
 
 /*

@@ -455,7 +455,7 @@ int kvmaccess_look_at_vcpus_here(struct kvmaccess_watch *w)
 			w->stats.skipped++;
 			continue;
 		}
-		cpu = kvmaccess_vcpu_capture_here(w->vm, v->vcpu, s);
+		cpu = kvmaccess_vcpu_capture_here(w->vm, v->vcpu, w->wanted, s);
 		if (cpu)
 			return cpu > 0 ? cpu - 1 : KVMACCESS_LOOK_FAILED;
 		if (!are_registers_expected(w, w->next_vcpu, s))

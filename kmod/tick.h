@@ -50,6 +50,7 @@ struct kvmaccess_watch {
 	struct list_head digests;
 	struct list_head registers;
 	unsigned int nr_registers;
+	u64 wanted;			/* BIT_ULL()s of those, and maybe of others */
 	struct kvmaccess_watched_vcpu *vcpus;
 	unsigned int nr_vcpus;
 	bool under_way;			/* a tick has been counted */
