@@ -33,7 +33,10 @@ static noinline bool are_known(u64 pa, unsigned long size)
  * is added and never shrinks, there are none of those. Memory of a device may be
  * beyond, and is there if the kernel knows its pages.
  *
- * That is less than pfn_valid() says of each, and takes a tenth of the time.
+ * Memory that is being taken from the host loses its mapping last: for long no
+ * page of a VMM has been there, nor a table of such. pfn_valid() of each address
+ * would say no more, is true of whole sections that have holes, and takes ten
+ * times as long.
  */
 static __always_inline const void *map(u64 pa, unsigned long size)
 {
