@@ -48,13 +48,13 @@ static __always_inline const void *map(u64 pa, unsigned long size)
 }
 
 /* What the entry is in charge of: inverted where it is not for the processor. */
-static u64 address_in(u64 entry)
+static __always_inline u64 address_in(u64 entry)
 {
 	return (entry ^ protnone_mask(entry)) & PTE_PFN_MASK;
 }
 
 /* The entry for @index, of the table that *@entry leads to. */
-static bool read_entry(u64 *entry, unsigned long index)
+static __always_inline bool read_entry(u64 *entry, unsigned long index)
 {
 	const u64 *table;
 
@@ -85,21 +85,21 @@ bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 			     struct kvmaccess_hostpage_path *path)
 {
 	unsigned long size = PUD_SIZE;
-	u64 entry, pa;
+	u64 pa, entry = path->entry;
 
 	lockdep_assert_irqs_disabled();
 
 	path->region = ~0UL;
 	if (path->wide != hva >> PUD_SHIFT) {
 		path->wide = ~0UL;
-		path->entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
-		if (pgtable_l5_enabled() && !read_entry(&path->entry, hva >> P4D_SHIFT))
+		entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
+		if (pgtable_l5_enabled() && !read_entry(&entry, hva >> P4D_SHIFT))
 			return false;
-		if (!read_entry(&path->entry, hva >> PUD_SHIFT))
+		if (!read_entry(&entry, hva >> PUD_SHIFT))
 			return false;
+		path->entry = entry;
 		path->wide = hva >> PUD_SHIFT;
 	}
-	entry = path->entry;
 	if (!(entry & _PAGE_PSE)) {
 		if (!read_entry(&entry, hva >> PMD_SHIFT))
 			return false;
