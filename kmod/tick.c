@@ -194,10 +194,12 @@ static bool is_quick(const struct kvmaccess_watch *w)
 
 static void finish(struct kvmaccess_watch *w)
 {
+	bool quick = is_quick(w);
+
 	w->walking = false;
-	if (!w->quick && is_quick(w))
+	if (quick && !w->quick)
 		kvmaccess_look_sort(w);
-	w->quick = is_quick(w);
+	w->quick = quick;
 	w->stats.compared += w->stats.bytes;
 	kvmaccess_account_tick(&w->vm->account, w->spent, w->stats.bytes);
 	stretch(w, TIMER_COST + w->slices * overhead);
