@@ -234,14 +234,6 @@ static int read_state(struct capture *c, bool loaded)
 	return 0;
 }
 
-/* For the vendors: whether the segment register VCPU_SREG_* is wanted. */
-bool kvmaccess_vcpu_wants_segment(u64 wanted, unsigned int i)
-{
-	return wanted == KVMACCESS_VCPU_ALL ||
-	       (i == VCPU_SREG_TR && wanted & KVMACCESS_VCPU_TR) ||
-	       (i == VCPU_SREG_LDTR && wanted & KVMACCESS_VCPU_LDTR);
-}
-
 /*
  * For the vendors: MSRs that KVM gives without side effects on @vcpu's home,
  * those that are wanted but for the set @except of KVMACCESS_MSR_* bits.

@@ -12,10 +12,16 @@ struct netlink_ext_ack;
 /* Registers that are wanted, by BIT_ULL(KVMACCESS_REGISTER_*); all that there are. */
 #define KVMACCESS_VCPU_ALL	(~0ULL)
 
-/* Those that are in a segment register. */
-#define KVMACCESS_VCPU_TR	(BIT_ULL(KVMACCESS_REGISTER_TR_BASE) | \
-				 BIT_ULL(KVMACCESS_REGISTER_TR_SELECTOR))
-#define KVMACCESS_VCPU_LDTR	BIT_ULL(KVMACCESS_REGISTER_LDTR_SELECTOR)
+/* Whether something of the segment register VCPU_SREG_* is wanted. */
+static inline bool kvmaccess_vcpu_wants_segment(u64 wanted, unsigned int i)
+{
+	if (wanted == KVMACCESS_VCPU_ALL)
+		return true;
+	if (i == VCPU_SREG_TR)
+		return wanted & (BIT_ULL(KVMACCESS_REGISTER_TR_BASE) |
+				 BIT_ULL(KVMACCESS_REGISTER_TR_SELECTOR));
+	return i == VCPU_SREG_LDTR && wanted & BIT_ULL(KVMACCESS_REGISTER_LDTR_SELECTOR);
+}
 
 /* What differs between SVM and VMX. */
 struct kvmaccess_vcpu_vendor {
@@ -50,7 +56,6 @@ extern const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_svm;
 extern const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_vmx;
 
 const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void);
-bool kvmaccess_vcpu_wants_segment(u64 wanted, unsigned int i);
 void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu,
 			      struct kvmaccess_vcpu_state *state,
 			      u64 wanted, unsigned long except);
