@@ -53,14 +53,14 @@ static __always_inline u64 address_in(u64 entry)
 	return (entry ^ protnone_mask(entry)) & PTE_PFN_MASK;
 }
 
-/* The entry for @index, of the table that *@entry leads to. */
-static __always_inline bool read_entry(u64 *entry, unsigned long index)
+/* The table that the entry leads to. */
+static __always_inline const u64 *table_of(u64 entry)
 {
-	const u64 *table;
+	return entry & _PAGE_PRESENT ? map(address_in(entry), PAGE_SIZE) : NULL;
+}
 
-	if (!(*entry & _PAGE_PRESENT))
-		return false;
-	table = map(address_in(*entry), PAGE_SIZE);
+static __always_inline bool read_entry(const u64 *table, unsigned long index, u64 *entry)
+{
 	return table && kvmaccess_hostpage_get_word(entry, table + (index & (PTRS_PER_PTE - 1)));
 }
 
@@ -85,7 +85,7 @@ bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 			     struct kvmaccess_hostpage_path *path)
 {
 	unsigned long size = PUD_SIZE;
-	u64 pa, entry = path->entry;
+	u64 pa, entry;
 
 	lockdep_assert_irqs_disabled();
 
@@ -93,15 +93,23 @@ bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 	if (path->wide != hva >> PUD_SHIFT) {
 		path->wide = ~0UL;
 		entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
-		if (pgtable_l5_enabled() && !read_entry(&entry, hva >> P4D_SHIFT))
+		if (pgtable_l5_enabled() &&
+		    !read_entry(table_of(entry), hva >> P4D_SHIFT, &entry))
 			return false;
-		if (!read_entry(&entry, hva >> PUD_SHIFT))
+		if (!read_entry(table_of(entry), hva >> PUD_SHIFT, &entry))
 			return false;
 		path->entry = entry;
+		path->table = NULL;
+		if (!(entry & _PAGE_PSE)) {
+			path->table = table_of(entry);
+			if (!path->table)
+				return false;
+		}
 		path->wide = hva >> PUD_SHIFT;
 	}
-	if (!(entry & _PAGE_PSE)) {
-		if (!read_entry(&entry, hva >> PMD_SHIFT))
+	entry = path->entry;
+	if (path->table) {
+		if (!read_entry(path->table, hva >> PMD_SHIFT, &entry))
 			return false;
 		size = PMD_SIZE;
 	}
@@ -111,7 +119,7 @@ bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 		pa = (address_in(entry) & ~(size - 1)) | (hva & (size - 1) & PMD_MASK);
 		path->at = map(pa, PMD_SIZE);
 	} else {
-		path->at = entry & _PAGE_PRESENT ? map(address_in(entry), PAGE_SIZE) : NULL;
+		path->at = table_of(entry);
 	}
 	if (path->at)
 		path->region = hva >> PMD_SHIFT;
@@ -124,7 +132,7 @@ const void *kvmaccess_hostpage_in(const void *table, unsigned long hva)
 	const void *at;
 	u64 entry;
 
-	if (!kvmaccess_hostpage_get_word(&entry, (const u64 *)table + pte_index(hva)) ||
+	if (!read_entry(table, hva >> PAGE_SHIFT, &entry) ||
 	    !(entry & (_PAGE_PRESENT | _PAGE_PROTNONE)))
 		return NULL;
 	at = map(address_in(entry), PAGE_SIZE);
@@ -135,8 +143,9 @@ const void *kvmaccess_hostpage_in(const void *table, unsigned long hva)
 const void *kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva)
 {
 	struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
+	const void *at;
 
-	return kvmaccess_hostpage_by(mm, hva, &path);
+	return kvmaccess_hostpage_by(mm, hva, &path, &at) ? at : NULL;
 }
 
 /*

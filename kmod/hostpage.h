@@ -36,6 +36,22 @@ static inline bool kvmaccess_hostpage_get_word(u64 *value, const void *at)
 	return KVMACCESS_HOSTPAGE_GET("movq", *value, *(const u64 *)at);
 }
 
+/* Whether 8 bytes can be read, and have this value where @mask has ones. */
+static __always_inline bool kvmaccess_hostpage_has(const void *at, u64 mask, u64 value)
+{
+	u64 differs = ~0ULL;
+
+	asm volatile("1: movq %[at], %[d]\n\t"
+		     "andq %[mask], %[d]\n\t"
+		     "xorq %[value], %[d]\n\t"
+		     "2:\n\t"
+		     KVMACCESS_HOSTPAGE_FIXUP(1b, 2b)
+		     : [d] "+r"(differs)
+		     : [at] "m"(*(const u64 *)at), [mask] "rm"(mask), [value] "rm"(value)
+		     : "cc");
+	return !differs;
+}
+
 static inline bool kvmaccess_hostpage_get_byte(u8 *value, const void *at)
 {
 	*value = 0;
@@ -48,7 +64,8 @@ struct kvmaccess_hostpage_path {
 	const void *at;		/* what it is, or the table of its pages */
 	bool large;		/* the former */
 	unsigned long wide;	/* addresses, shifted by PUD_SHIFT; ~0: none */
-	u64 entry;		/* in charge of all of those */
+	u64 entry;		/* in charge of all of those ... */
+	const u64 *table;	/* ... and the table that it leads to; NULL: to a page */
 };
 
 #define KVMACCESS_HOSTPAGE_PATH	{ .region = ~0UL, .wide = ~0UL }
@@ -58,17 +75,22 @@ bool __must_check kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hv
 const void * __must_check kvmaccess_hostpage_in(const void *table, unsigned long hva);
 
 /*
- * Where the kernel has what the VMM has at @hva; NULL if no page is in place
- * there. With interrupts off, since @path began as KVMACCESS_HOSTPAGE_PATH. What
- * is there is to be read as above only.
+ * Where, *@at, the kernel has what the VMM has at @hva; false if no page is in
+ * place there. With interrupts off, since @path began as KVMACCESS_HOSTPAGE_PATH.
+ * What is there is to be read as above only.
  */
-static inline const void * __must_check
+static __always_inline bool __must_check
 kvmaccess_hostpage_by(struct mm_struct *mm, unsigned long hva,
-		      struct kvmaccess_hostpage_path *path)
+		      struct kvmaccess_hostpage_path *path, const void **at)
 {
 	if (path->region != hva >> PMD_SHIFT && !kvmaccess_hostpage_find(mm, hva, path))
-		return NULL;
-	return path->large ? path->at + (hva & ~PMD_MASK) : kvmaccess_hostpage_in(path->at, hva);
+		return false;
+	if (likely(path->large)) {
+		*at = path->at + (hva & ~PMD_MASK);
+		return true;
+	}
+	*at = kvmaccess_hostpage_in(path->at, hva);
+	return *at;
 }
 
 const void * __must_check kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva);

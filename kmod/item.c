@@ -50,8 +50,9 @@ void kvmaccess_item_free(struct kvmaccess_item *item)
 	kfree(item);
 }
 
-/* Words that are compared before the loop goes round. */
-#define GROUP	16
+/* Words that are compared before a loop goes round. */
+#define MANY	32
+#define SOME	4
 
 /*
  * Whether the first @length bytes of @have, of which there are one or more times
@@ -86,20 +87,19 @@ static __always_inline bool are_equal(const void *have, const void *want, u32 le
 /* Whether what is at @at, where a page of the host is, is as expected. */
 bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 {
-	u32 n = round_down(length, 8 * GROUP);
+	u32 many = round_down(length, 8 * MANY), some = round_down(length, 8 * SOME);
+	u32 words = round_down(length, 8);
 	u8 byte;
 
-	if (n && !are_equal(at, expected, n, GROUP))
+	if (many && !are_equal(at, expected, many, MANY))
 		return false;
-	at += n;
-	expected += n;
-	length -= n;
-	n = round_down(length, 8);
-	if (n && !are_equal(at, expected, n, 1))
+	if (some > many && !are_equal(at + many, expected + many, some - many, SOME))
 		return false;
-	for (; n < length; n++) {
-		if (!kvmaccess_hostpage_get_byte(&byte, at + n) ||
-		    byte != ((const u8 *)expected)[n])
+	if (words > some && !are_equal(at + some, expected + some, words - some, 1))
+		return false;
+	for (; words < length; words++) {
+		if (!kvmaccess_hostpage_get_byte(&byte, at + words) ||
+		    byte != ((const u8 *)expected)[words])
 			return false;
 	}
 	return true;

@@ -52,14 +52,13 @@ static unsigned long hva_of(struct kvm_memslots *slots, u64 gpa)
 static __always_inline bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item,
 					struct kvmaccess_hostpage_path *path)
 {
-	const void *at = kvmaccess_hostpage_by(mm, item->hva, path);
-	u64 value;
+	const void *at;
 
-	if (!at)
+	if (!kvmaccess_hostpage_by(mm, item->hva, path, &at))
 		return false;
 	if (item->kind == KVMACCESS_KIND_BYTES)
 		return kvmaccess_item_is_equal(at, item->bytes, item->length);
-	return kvmaccess_hostpage_get_word(&value, at) && (value & item->mask) == item->value;
+	return kvmaccess_hostpage_has(at, item->mask, item->value);
 }
 
 /* An item of memory that is not as expected, or of which that is still to be told. */
@@ -239,12 +238,13 @@ bool kvmaccess_look_is_memory_expected(struct kvmaccess_watch *w)
 	int idx = srcu_read_lock(&kvm->srcu);
 	struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
 	u64 generation = __kvm_memslots(kvm, 0)->generation;
+	struct mm_struct *mm = kvm->mm;
 	struct kvmaccess_item *item;
 	bool expected = true;
 
 	list_for_each_entry(item, &w->memory, list) {
 		expected = item->generation == generation &&
-			   is_expected(kvm->mm, item, &path);
+			   is_expected(mm, item, &path);
 		if (!expected)
 			break;
 	}
