@@ -8,96 +8,144 @@
  */
 #include <linux/mm.h>
 #include <linux/pgtable.h>
+#include <asm/e820/types.h>
 
 #include "hostpage.h"
 
 /* A page that is exchanged for another more often than this within a copy: EAGAIN. */
 #define COPY_ATTEMPTS	4
 
-/* An entry of what may not be a page table any more. */
-static bool read_entry(unsigned long pfn, unsigned long index, u64 *entry)
+/* Whether the kernel knows the pages at both ends. */
+static noinline bool are_known(u64 pa, unsigned long size)
 {
-	return pfn_valid(pfn) &&
-	       kvmaccess_hostpage_get_word(entry, (const u64 *)pfn_to_kaddr(pfn) + index);
-}
-
-/* Find the table of pages, or the large page, that is in charge of @hva. */
-static bool find_table(struct mm_struct *mm, unsigned long hva,
-		       struct kvmaccess_hostpage_path *path)
-{
-	static const unsigned int shifts[] = { P4D_SHIFT, PUD_SHIFT, PMD_SHIFT };
-	u64 entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
-	unsigned int i;
-
-	path->region = ~0UL;
-	path->shift = PAGE_SHIFT;
-	for (i = pgtable_l5_enabled() ? 0 : 1; i < ARRAY_SIZE(shifts); i++) {
-		if (!(entry & _PAGE_PRESENT) ||
-		    !read_entry((entry & PTE_PFN_MASK) >> PAGE_SHIFT,
-				(hva >> shifts[i]) & (PTRS_PER_PTE - 1), &entry))
-			return false;
-		if (entry & _PAGE_PSE && shifts[i] <= PUD_SHIFT) {
-			path->shift = shifts[i];
-			break;
-		}
-	}
-	path->entry = entry;
-	path->region = hva >> PMD_SHIFT;
-	return true;
+	return pfn_valid(PHYS_PFN(pa)) && pfn_valid(PHYS_PFN(pa + size - 1));
 }
 
 /*
- * Where the kernel has what the VMM has at @hva; NULL if no page is in place
- * there. With interrupts off, since @path began as KVMACCESS_HOSTPAGE_PATH. What
- * is there is to be read as above only.
+ * Where the kernel has what is at the physical address @pa, for @size bytes from
+ * there on; NULL if that is not where it maps memory.
+ *
+ * Of what is there it maps memory only: not the holes in it, where devices are,
+ * nor what has been taken from the host since. Reading these faults, of which
+ * nobody takes notice. There are two exceptions. What is below 1 MiB is mapped
+ * whatever it is; the kernel gives it to nobody. Beyond all memory there are
+ * the mappings of other things: up to high_memory, which grows with memory that
+ * is added and never shrinks, there are none of those. Memory of a device may be
+ * beyond, and is there if the kernel knows its pages.
+ *
+ * Memory that is being taken from the host loses its mapping last: for long no
+ * page of a VMM has been there, nor a table of such. pfn_valid() of each address
+ * would say no more, is true of whole sections that have holes, and takes ten
+ * times as long.
+ */
+static __always_inline const void *map(u64 pa, unsigned long size)
+{
+	unsigned long end = (unsigned long)READ_ONCE(high_memory) - PAGE_OFFSET;
+
+	if (unlikely(pa < ISA_END_ADDRESS || (pa + size > end && !are_known(pa, size))))
+		return NULL;
+	return __va(pa);
+}
+
+/* What the entry is in charge of: inverted where it is not for the processor. */
+static __always_inline u64 address_in(u64 entry)
+{
+	return (entry ^ protnone_mask(entry)) & PTE_PFN_MASK;
+}
+
+/* The table that the entry leads to. */
+static __always_inline const u64 *table_of(u64 entry)
+{
+	return entry & _PAGE_PRESENT ? map(address_in(entry), PAGE_SIZE) : NULL;
+}
+
+static __always_inline bool read_entry(const u64 *table, unsigned long index, u64 *entry)
+{
+	return table && kvmaccess_hostpage_get_word(entry, table + (index & (PTRS_PER_PTE - 1)));
+}
+
+/*
+ * Find the table of pages, or the large page, that is in charge of @hva.
  *
  * The caller keeps the struct mm, so there is a top-level table. Nothing keeps
  * those below: x86 before 6.15 frees page tables after an interrupt to those
  * CPUs only that use the mm, of which this need not be one, so that lockless
  * lookups of get_user_pages_fast() are no model. A table may be anything else
  * by the time it is read, and its entries any number. Each is therefore taken
- * for what it is: the number of a page, which is checked to be memory and then
- * read so that a fault does no harm. So it does none either that the way to a
- * table is gone only once for all pages in it.
+ * for what it is: the number of a page, which is bounded to where the kernel
+ * maps memory, and then read so that a fault does no harm. So it does none
+ * either that the way to a table is gone only once for all in it.
  *
  * Nor is the page itself kept: what is found there may be compared, and nothing
  * more. That other bytes than the VM's are just those that are expected, in the
  * moment in which it gives the page up, hides nothing that the next look would
  * not find.
  */
-const void *kvmaccess_hostpage_by(struct mm_struct *mm, unsigned long hva,
-				  struct kvmaccess_hostpage_path *path)
+bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
+			     struct kvmaccess_hostpage_path *path)
 {
-	u64 entry, present = _PAGE_PRESENT | _PAGE_PROTNONE;
-	unsigned long size, pfn;
+	unsigned long size = PUD_SIZE;
+	u64 pa, entry;
 
 	lockdep_assert_irqs_disabled();
 
-	if (path->region != hva >> PMD_SHIFT && !find_table(mm, hva, path))
-		return NULL;
+	path->region = ~0UL;
+	if (path->wide != hva >> PUD_SHIFT) {
+		path->wide = ~0UL;
+		entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
+		if (pgtable_l5_enabled() &&
+		    !read_entry(table_of(entry), hva >> P4D_SHIFT, &entry))
+			return false;
+		if (!read_entry(table_of(entry), hva >> PUD_SHIFT, &entry))
+			return false;
+		path->entry = entry;
+		path->table = NULL;
+		if (!(entry & _PAGE_PSE)) {
+			path->table = table_of(entry);
+			if (!path->table)
+				return false;
+		}
+		path->wide = hva >> PUD_SHIFT;
+	}
 	entry = path->entry;
-	if (path->shift != PAGE_SHIFT)
-		/* By this alone while it is being split. */
-		present |= _PAGE_PSE;
-	else if (!(entry & _PAGE_PRESENT) ||
-		 !read_entry((entry & PTE_PFN_MASK) >> PAGE_SHIFT,
-			     (hva >> PAGE_SHIFT) & (PTRS_PER_PTE - 1), &entry))
+	if (path->table) {
+		if (!read_entry(path->table, hva >> PMD_SHIFT, &entry))
+			return false;
+		size = PMD_SIZE;
+	}
+	/* It is there by this alone while it is being split. */
+	path->large = entry & _PAGE_PSE;
+	if (path->large) {
+		pa = (address_in(entry) & ~(size - 1)) | (hva & (size - 1) & PMD_MASK);
+		path->at = map(pa, PMD_SIZE);
+	} else {
+		path->at = table_of(entry);
+	}
+	if (path->at)
+		path->region = hva >> PMD_SHIFT;
+	return path->at;
+}
+
+/* What is at @hva by this table, which may not be one any more; see above. */
+const void *kvmaccess_hostpage_in(const void *table, unsigned long hva)
+{
+	const void *at;
+	u64 entry;
+
+	if (!read_entry(table, hva >> PAGE_SHIFT, &entry) ||
+	    !(entry & (_PAGE_PRESENT | _PAGE_PROTNONE)))
 		return NULL;
-	if (!(entry & present))
-		return NULL;
-	/* Inverted where it is not for the processor. */
-	pfn = pte_pfn(__pte(entry));
-	size = 1UL << (path->shift - PAGE_SHIFT);
-	pfn = (pfn & ~(size - 1)) | ((hva >> PAGE_SHIFT) & (size - 1));
-	return pfn_valid(pfn) ? pfn_to_kaddr(pfn) + offset_in_page(hva) : NULL;
+	at = map(address_in(entry), PAGE_SIZE);
+	return at ? at + offset_in_page(hva) : NULL;
 }
 
 /* The same of one page. */
 const void *kvmaccess_hostpage_at(struct mm_struct *mm, unsigned long hva)
 {
 	struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
+	const void *at;
 
-	return kvmaccess_hostpage_by(mm, hva, &path);
+	return kvmaccess_hostpage_by(mm, hva, &path, &at) ? at : NULL;
 }
 
 /*
@@ -112,7 +160,8 @@ static struct folio *keep(struct mm_struct *mm, unsigned long hva, const void **
 
 	local_irq_save(flags);
 	*from = kvmaccess_hostpage_at(mm, hva);
-	page = *from ? virt_to_page(*from) : NULL;
+	/* Memory that is mapped need not have a struct page. */
+	page = *from && virt_addr_valid(*from) ? virt_to_page(*from) : NULL;
 	folio = page ? page_folio(page) : ERR_PTR(-ENODATA);
 	if (page && !folio_try_get(folio)) {
 		folio = ERR_PTR(-EAGAIN);

@@ -50,100 +50,108 @@ void kvmaccess_item_free(struct kvmaccess_item *item)
 	kfree(item);
 }
 
-/* Bytes that are compared before the loop goes round: 16 words. */
-#define GROUP	128
+/* Words that are compared before a loop goes round. */
+#define MANY	32
+#define SOME	4
 
 /*
- * How many bytes from the start of @have are like those at @want, in whole
- * GROUPs of the first @length, which is a multiple of GROUP. Where @have cannot
- * be read *@absent becomes true. Three instructions for 8 bytes, and no more.
+ * Whether the first @length bytes of @have, of which there are one or more times
+ * @words words, can be read and are like those of @want. Three instructions for
+ * 8 bytes, and two more for each time.
  */
-static __always_inline u32 count_equal(const void *have, const void *want, u32 length,
-				       bool *absent)
+static __always_inline bool are_equal(const void *have, const void *want, u32 length,
+				      const int words)
 {
 	long i = -(long)length;
 	u64 word;
 
 	asm volatile("1:\n\t"
-		     ".irp at, 0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120\n\t"
-		     "2: movq \\at(%[have],%[i]), %[word]\n\t"
-		     "cmpq \\at(%[want],%[i]), %[word]\n\t"
-		     "jne 4f\n\t"
+		     ".set .Lat, 0\n\t"
+		     ".rept %c[words]\n\t"
+		     "2: movq .Lat(%[have],%[i]), %[word]\n\t"
+		     "cmpq .Lat(%[want],%[i]), %[word]\n\t"
+		     "jne 3f\n\t"
 		     KVMACCESS_HOSTPAGE_FIXUP(2b, 3f)
+		     ".set .Lat, .Lat + 8\n\t"
 		     ".endr\n\t"
-		     "addq %[group], %[i]\n\t"
+		     "addq %[bytes], %[i]\n\t"
 		     "jnz 1b\n\t"
-		     "jmp 4f\n\t"
-		     "3: movb $1, %[absent]\n\t"
-		     "4:\n\t"
-		     : [i] "+r"(i), [word] "=&r"(word), [absent] "+m"(*absent)
+		     "3:\n\t"
+		     : [i] "+r"(i), [word] "=&r"(word)
 		     : [have] "r"(have + length), [want] "r"(want + length),
-		       [group] "e"(GROUP)
+		       [words] "i"(words), [bytes] "i"(8 * words)
 		     : "cc", "memory");
-	return length + i;
+	return !i;
 }
 
 /* Whether what is at @at, where a page of the host is, is as expected. */
 bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 {
-	u32 whole = round_down(length, GROUP);
-	bool absent = false;
-	u32 i;
-	u64 word;
+	u32 many = round_down(length, 8 * MANY), some = round_down(length, 8 * SOME);
+	u32 words = round_down(length, 8);
 	u8 byte;
 
-	if (whole && (count_equal(at, expected, whole, &absent) != whole || absent))
+	if (many && !are_equal(at, expected, many, MANY))
 		return false;
-	for (i = whole; i + sizeof(word) <= length; i += sizeof(word)) {
-		if (!kvmaccess_hostpage_get_word(&word, at + i) ||
-		    word != *(const u64 *)(expected + i))
-			return false;
-	}
-	for (; i < length; i++) {
-		if (!kvmaccess_hostpage_get_byte(&byte, at + i) ||
-		    byte != ((const u8 *)expected)[i])
+	if (some > many && !are_equal(at + many, expected + many, some - many, SOME))
+		return false;
+	if (words > some && !are_equal(at + some, expected + some, words - some, 1))
+		return false;
+	for (; words < length; words++) {
+		if (!kvmaccess_hostpage_get_byte(&byte, at + words) ||
+		    byte != ((const u8 *)expected)[words])
 			return false;
 	}
 	return true;
 }
 
+/* Where registers are in the state of a vCPU. */
+static const u16 places[] = {
+#define PLACE(member)	offsetof(struct kvmaccess_vcpu_state, member)
+	[KVMACCESS_REGISTER_CR0] = PLACE(cr0),
+	[KVMACCESS_REGISTER_CR3] = PLACE(cr3),
+	[KVMACCESS_REGISTER_CR4] = PLACE(cr4),
+	[KVMACCESS_REGISTER_EFER] = PLACE(efer),
+	[KVMACCESS_REGISTER_GDTR_BASE] = PLACE(gdt.address),
+	[KVMACCESS_REGISTER_GDTR_LIMIT] = PLACE(gdt.size),
+	[KVMACCESS_REGISTER_IDTR_BASE] = PLACE(idt.address),
+	[KVMACCESS_REGISTER_IDTR_LIMIT] = PLACE(idt.size),
+	[KVMACCESS_REGISTER_TR_BASE] = PLACE(segment[VCPU_SREG_TR].base),
+	[KVMACCESS_REGISTER_TR_SELECTOR] = PLACE(segment[VCPU_SREG_TR].selector),
+	[KVMACCESS_REGISTER_LDTR_SELECTOR] = PLACE(segment[VCPU_SREG_LDTR].selector),
+	[KVMACCESS_REGISTER_DR0] = PLACE(db[0]),
+	[KVMACCESS_REGISTER_DR1] = PLACE(db[1]),
+	[KVMACCESS_REGISTER_DR2] = PLACE(db[2]),
+	[KVMACCESS_REGISTER_DR3] = PLACE(db[3]),
+	[KVMACCESS_REGISTER_DR7] = PLACE(dr7),
+	[KVMACCESS_REGISTER_STAR] = PLACE(msr[KVMACCESS_MSR_STAR]),
+	[KVMACCESS_REGISTER_LSTAR] = PLACE(msr[KVMACCESS_MSR_LSTAR]),
+	[KVMACCESS_REGISTER_CSTAR] = PLACE(msr[KVMACCESS_MSR_CSTAR]),
+	[KVMACCESS_REGISTER_SFMASK] = PLACE(msr[KVMACCESS_MSR_SFMASK]),
+	[KVMACCESS_REGISTER_SYSENTER_CS] = PLACE(msr[KVMACCESS_MSR_SYSENTER_CS]),
+	[KVMACCESS_REGISTER_SYSENTER_ESP] = PLACE(msr[KVMACCESS_MSR_SYSENTER_ESP]),
+	[KVMACCESS_REGISTER_SYSENTER_EIP] = PLACE(msr[KVMACCESS_MSR_SYSENTER_EIP]),
+	[KVMACCESS_REGISTER_PAT] = PLACE(pat),
+#undef PLACE
+};
+
+/* Those of 16 bits; all others have 64 there. */
+#define LIMITS_AND_SELECTORS	(BIT_ULL(KVMACCESS_REGISTER_GDTR_LIMIT) |	\
+				 BIT_ULL(KVMACCESS_REGISTER_IDTR_LIMIT) |	\
+				 BIT_ULL(KVMACCESS_REGISTER_TR_SELECTOR) |	\
+				 BIT_ULL(KVMACCESS_REGISTER_LDTR_SELECTOR))
+
 u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *s,
 			    enum kvmaccess_register reg)
 {
-	switch (reg) {
-	case KVMACCESS_REGISTER_CR0:
-		return s->cr0;
-	case KVMACCESS_REGISTER_CR3:
-		return s->cr3;
-	case KVMACCESS_REGISTER_CR4:
-		return s->cr4;
-	case KVMACCESS_REGISTER_EFER:
-		return s->efer;
-	case KVMACCESS_REGISTER_GDTR_BASE:
-		return s->gdt.address;
-	case KVMACCESS_REGISTER_GDTR_LIMIT:
-		return s->gdt.size;
-	case KVMACCESS_REGISTER_IDTR_BASE:
-		return s->idt.address;
-	case KVMACCESS_REGISTER_IDTR_LIMIT:
-		return s->idt.size;
-	case KVMACCESS_REGISTER_TR_BASE:
-		return s->segment[VCPU_SREG_TR].base;
-	case KVMACCESS_REGISTER_TR_SELECTOR:
-		return s->segment[VCPU_SREG_TR].selector;
-	case KVMACCESS_REGISTER_LDTR_SELECTOR:
-		return s->segment[VCPU_SREG_LDTR].selector;
-	case KVMACCESS_REGISTER_DR0 ... KVMACCESS_REGISTER_DR3:
-		return s->db[reg - KVMACCESS_REGISTER_DR0];
-	case KVMACCESS_REGISTER_DR7:
-		return s->dr7;
-	case KVMACCESS_REGISTER_STAR ... KVMACCESS_REGISTER_SYSENTER_EIP:
-		return s->msr[reg - KVMACCESS_REGISTER_STAR];
-	case KVMACCESS_REGISTER_PAT:
-		return s->pat;
-	default:
-		return 0;
-	}
+	const void *at = (const void *)s + places[reg];
+	u64 value;
+
+	if (BIT_ULL(reg) & LIMITS_AND_SELECTORS)
+		return *(const u16 *)at;
+	/* The base of a table is where its limit ends. */
+	memcpy(&value, at, sizeof(value));
+	return value;
 }
 
 /*

@@ -10,6 +10,7 @@
  * compared is what the host has.
  */
 #include <linux/kvm_host.h>
+#include <linux/list_sort.h>
 #include <linux/random.h>
 #include <linux/siphash.h>
 #include <linux/slab.h>
@@ -48,17 +49,16 @@ static unsigned long hva_of(struct kvm_memslots *slots, u64 gpa)
 }
 
 /* With interrupts off since @path began; false also where it cannot be told. */
-static bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item,
-			struct kvmaccess_hostpage_path *path)
+static __always_inline bool is_expected(struct mm_struct *mm, const struct kvmaccess_item *item,
+					struct kvmaccess_hostpage_path *path)
 {
-	const void *at = kvmaccess_hostpage_by(mm, item->hva, path);
-	u64 value;
+	const void *at;
 
-	if (!at)
+	if (!kvmaccess_hostpage_by(mm, item->hva, path, &at))
 		return false;
 	if (item->kind == KVMACCESS_KIND_BYTES)
 		return kvmaccess_item_is_equal(at, item->bytes, item->length);
-	return kvmaccess_hostpage_get_word(&value, at) && (value & item->mask) == item->value;
+	return kvmaccess_hostpage_has(at, item->mask, item->value);
 }
 
 /* An item of memory that is not as expected, or of which that is still to be told. */
@@ -211,6 +211,23 @@ static bool look_at_memory(struct kvmaccess_watch *w, struct kvm *kvm)
 	return walk_digests(w, kvm, left);
 }
 
+static int compare_gpa(void *unused, const struct list_head *a, const struct list_head *b)
+{
+	u64 of_a = list_entry(a, struct kvmaccess_item, list)->gpa;
+	u64 of_b = list_entry(b, struct kvmaccess_item, list)->gpa;
+
+	return of_a < of_b ? -1 : of_a > of_b;
+}
+
+/*
+ * Before the timer may look, and after all memory has been looked at: bring what
+ * shares the way to its pages together. The order means nothing else.
+ */
+void kvmaccess_look_sort(struct kvmaccess_watch *w)
+{
+	list_sort(NULL, &w->memory, compare_gpa);
+}
+
 /*
  * Whether all memory is as it should be, in the timer's interrupt. False also
  * where the memslots are not those by which the worker found it.
@@ -221,12 +238,13 @@ bool kvmaccess_look_is_memory_expected(struct kvmaccess_watch *w)
 	int idx = srcu_read_lock(&kvm->srcu);
 	struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
 	u64 generation = __kvm_memslots(kvm, 0)->generation;
+	struct mm_struct *mm = kvm->mm;
 	struct kvmaccess_item *item;
 	bool expected = true;
 
 	list_for_each_entry(item, &w->memory, list) {
 		expected = item->generation == generation &&
-			   is_expected(kvm->mm, item, &path);
+			   is_expected(mm, item, &path);
 		if (!expected)
 			break;
 	}
@@ -437,7 +455,7 @@ int kvmaccess_look_at_vcpus_here(struct kvmaccess_watch *w)
 			w->stats.skipped++;
 			continue;
 		}
-		cpu = kvmaccess_vcpu_capture_here(w->vm, v->vcpu, s);
+		cpu = kvmaccess_vcpu_capture_here(w->vm, v->vcpu, w->wanted, s);
 		if (cpu)
 			return cpu > 0 ? cpu - 1 : KVMACCESS_LOOK_FAILED;
 		if (!are_registers_expected(w, w->next_vcpu, s))

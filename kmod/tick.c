@@ -194,8 +194,12 @@ static bool is_quick(const struct kvmaccess_watch *w)
 
 static void finish(struct kvmaccess_watch *w)
 {
+	bool quick = is_quick(w);
+
 	w->walking = false;
-	w->quick = is_quick(w);
+	if (quick && !w->quick)
+		kvmaccess_look_sort(w);
+	w->quick = quick;
 	w->stats.compared += w->stats.bytes;
 	kvmaccess_account_tick(&w->vm->account, w->spent, w->stats.bytes);
 	stretch(w, TIMER_COST + w->slices * overhead);
@@ -263,37 +267,39 @@ static void queue_tick(struct kvmaccess_watch *w)
 	kthread_queue_work(worker, &w->work);
 }
 
-/* Account for a look at things here. */
-static void spend(struct kvmaccess_watch *w)
+/* Account for a look at things here. Returns the time. */
+static u64 spend(struct kvmaccess_watch *w)
 {
-	u64 spent = ktime_get_ns() - w->now;
+	u64 now = ktime_get_ns(), spent = now - w->now;
 
 	w->spent += spent;
 	/* If it was longer, something else had the CPU: firmware, a hypervisor. */
 	spent = min_t(u64, spent, NSEC_PER_MSEC);
 	this_cpu_write(quick_until,
 		       max(this_cpu_read(quick_until), w->now) + QUICK_SHARE * spent);
+	return now;
 }
 
 /*
  * Go on with a tick that has found all as expected so far, here or in an
  * interrupt of the CPU where the next vCPU is. The VM is held until it ends.
+ * Returns the time.
  */
-static void look_on(struct kvmaccess_watch *w)
+static u64 look_on(struct kvmaccess_watch *w)
 {
 	struct kvmaccess_vm *vm = w->vm;
 	int cpu = kvmaccess_look_at_vcpus_here(w);
+	u64 now = spend(w);
 
-	spend(w);
 	if (cpu >= 0 && w->interrupts < 2 * QUICK_VCPUS &&
 	    !smp_call_function_single_async(cpu, &w->call)) {
 		w->interrupts++;
-		return;
+		return now;
 	}
 	if (cpu != KVMACCESS_LOOK_DONE) {
 		kvmaccess_vm_put(vm);
 		queue_tick(w);
-		return;
+		return now;
 	}
 	w->stats.compared += w->stats.bytes;
 	stretch(w, TIMER_COST * (1 + w->interrupts));
@@ -301,6 +307,7 @@ static void look_on(struct kvmaccess_watch *w)
 	kvmaccess_vm_put(vm);
 	/* From here on the timer may begin the next one. */
 	smp_store_release(&w->busy, IDLE);
+	return now;
 }
 
 static void on_call(void *info)
@@ -318,14 +325,14 @@ static void on_call(void *info)
 	raw_spin_unlock(&w->lock);
 }
 
-/* Begin a tick without the worker; false if it has to be the worker's. */
-static bool look_quickly(struct kvmaccess_watch *w)
+/* Begin a tick, *@now, without the worker; false if it has to be the worker's. */
+static bool look_quickly(struct kvmaccess_watch *w, u64 *now)
 {
-	w->now = ktime_get_ns();
+	w->now = *now;
 	if (!w->quick || !may_look_here(w->now) || !kvmaccess_vm_hold(w->vm))
 		return false;
 	if (!kvmaccess_look_is_memory_expected(w)) {
-		spend(w);
+		*now = spend(w);
 		kvmaccess_vm_put(w->vm);
 		return false;
 	}
@@ -334,26 +341,27 @@ static bool look_quickly(struct kvmaccess_watch *w)
 	w->under_way = true;
 	w->next_vcpu = 0;
 	w->interrupts = 0;
-	look_on(w);
+	*now = look_on(w);
 	return true;
 }
 
 static enum hrtimer_restart timer_fn(struct hrtimer *timer)
 {
 	struct kvmaccess_watch *w = container_of(timer, struct kvmaccess_watch, timer);
-	u64 period, missed = 0;
+	u64 now, period, missed = 0;
 	unsigned long flags;
 
 	if (READ_ONCE(w->stats.flags) & KVMACCESS_WATCH_F_ENDED)
 		return HRTIMER_NORESTART;
 
 	raw_spin_lock_irqsave(&w->lock, flags);
+	now = ktime_get_ns();
 	/* Pairs with the releases at the ends of ticks. */
 	if (smp_load_acquire(&w->busy) == IDLE) {
 		w->deadline = ktime_to_ns(hrtimer_get_softexpires(timer));
 		w->spent = 0;
 		w->under_way = false;
-		if (!look_quickly(w))
+		if (!look_quickly(w, &now))
 			queue_tick(w);
 	} else {
 		missed = 1;
@@ -362,7 +370,7 @@ static enum hrtimer_restart timer_fn(struct hrtimer *timer)
 
 	period = kvmaccess_tick_period(w);
 	/* Early by the timer's slack it is not yet late enough to be forwarded. */
-	missed += (hrtimer_forward_now(timer, ns_to_ktime(period)) ?:
+	missed += (hrtimer_forward(timer, ns_to_ktime(now), ns_to_ktime(period)) ?:
 		   (hrtimer_add_expires_ns(timer, period), 1)) - 1;
 	WRITE_ONCE(w->missed, w->missed + missed);
 	return HRTIMER_RESTART;

@@ -42,6 +42,7 @@ struct capture {
 	struct kvmaccess_vcpu_state *state;
 	const struct kvmaccess_vcpu_vendor *vendor;
 	struct task_struct *requester;
+	u64 wanted;
 	bool loaded;
 	u32 interrupts;
 	u64 interrupt;
@@ -171,6 +172,22 @@ static void read_emulated(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 	}
 }
 
+/* What no watch wants. */
+static void read_others(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+{
+	unsigned int i;
+
+	BUILD_BUG_ON(VCPU_REGS_R15 + 1 != ARRAY_SIZE(s->gpr));
+
+	for (i = 0; i < ARRAY_SIZE(s->gpr); i++)
+		s->gpr[i] = vcpu->arch.regs[i];
+	s->rip = kvmaccess_compat_rip(vcpu);
+	s->cr2 = vcpu->arch.cr2;
+	s->cr8 = kvmaccess_ksyms.get_cr8 ?
+		 kvmaccess_ksyms_call(kvmaccess_ksyms.get_cr8, vcpu) : 0;
+	s->dr6 = vcpu->arch.dr6;
+}
+
 static int read_state(struct capture *c, bool loaded)
 {
 	struct kvmaccess_vcpu_state *s = c->state;
@@ -178,7 +195,6 @@ static int read_state(struct capture *c, bool loaded)
 	unsigned int i;
 	int err;
 
-	BUILD_BUG_ON(VCPU_REGS_R15 + 1 != ARRAY_SIZE(s->gpr));
 	BUILD_BUG_ON(VCPU_SREG_LDTR + 1 != ARRAY_SIZE(s->segment));
 
 	c->loaded = loaded;
@@ -201,21 +217,16 @@ static int read_state(struct capture *c, bool loaded)
 	if (vcpu->arch.emulate_regs_need_sync_to_vcpu)
 		s->flags |= KVMACCESS_VCPU_F_EMULATING;
 
-	for (i = 0; i < ARRAY_SIZE(s->gpr); i++)
-		s->gpr[i] = vcpu->arch.regs[i];
-	s->rip = kvmaccess_compat_rip(vcpu);
-	s->cr2 = vcpu->arch.cr2;
-	s->cr8 = kvmaccess_ksyms.get_cr8 ?
-		 kvmaccess_ksyms_call(kvmaccess_ksyms.get_cr8, vcpu) : 0;
 	s->efer = vcpu->arch.efer;
 	for (i = 0; i < ARRAY_SIZE(s->db); i++)
 		s->db[i] = vcpu->arch.db[i];
-	s->dr6 = vcpu->arch.dr6;
 	s->dr7 = vcpu->arch.dr7;
 	s->pat = vcpu->arch.pat;
+	if (c->wanted == KVMACCESS_VCPU_ALL)
+		read_others(vcpu, s);
 
-	err = c->vendor->read(vcpu, s);
-	if (err)
+	err = c->vendor->read(vcpu, s, c->wanted);
+	if (err || c->wanted != KVMACCESS_VCPU_ALL)
 		return err;
 	if (!loaded && s->flags & KVMACCESS_VCPU_F_EMULATING)
 		read_emulated(vcpu, s);
@@ -225,43 +236,54 @@ static int read_state(struct capture *c, bool loaded)
 
 /*
  * For the vendors: MSRs that KVM gives without side effects on @vcpu's home,
- * all but the set @except of KVMACCESS_MSR_* bits.
+ * those that are wanted but for the set @except of KVMACCESS_MSR_* bits.
  */
 void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s,
-			      unsigned long except)
+			      u64 wanted, unsigned long except)
 {
 	unsigned int i;
 
+	BUILD_BUG_ON(KVMACCESS_REGISTER_STAR + KVMACCESS_MSR_SYSENTER_EIP !=
+		     KVMACCESS_REGISTER_SYSENTER_EIP);
+
+	if (wanted != KVMACCESS_VCPU_ALL)
+		/* No watch wants this, and what it has there is another one. */
+		except |= BIT(KVMACCESS_MSR_KERNEL_GS_BASE);
 	for (i = 0; i < ARRAY_SIZE(msrs); i++) {
 		struct msr_data msr = { .index = msrs[i], .host_initiated = true };
 
-		if (except & BIT(i))
+		if (except & BIT(i) || !(wanted & BIT_ULL(KVMACCESS_REGISTER_STAR + i)))
 			continue;
 		s->msr[i] = kvmaccess_ksyms.ops->get_msr(vcpu, &msr) ? 0 : msr.data;
 	}
+}
+
+/* With interrupts off on @cpu, this one; -EAGAIN if it is not the vCPU's home. */
+static int capture_on(struct capture *c, int cpu)
+{
+	struct kvm_vcpu *vcpu = c->vcpu;
+	int err;
+
+	if (c->vendor->home(vcpu) != cpu)
+		return -EAGAIN;
+	/* Nothing of the state may be read before the CPU's number ... */
+	smp_rmb();
+	err = read_state(c, __this_cpu_read(*kvmaccess_ksyms.running) == vcpu);
+	/* ... or after it is read again. */
+	smp_rmb();
+	return c->vendor->home(vcpu) == cpu ? err : -EAGAIN;
 }
 
 /* In an interrupt, or with interrupts off on the requester's own CPU. */
 static void capture_here(void *info)
 {
 	struct capture *c = info;
-	struct kvm_vcpu *vcpu = c->vcpu;
-	int cpu = smp_processor_id();
 	u64 start = ktime_get_ns();
 
-	c->err = -EAGAIN;
-	if (c->vendor->home(vcpu) == cpu) {
-		/* Nothing of the state may be read before the CPU's number ... */
-		smp_rmb();
-		c->err = read_state(c, *per_cpu_ptr(kvmaccess_ksyms.running, cpu) == vcpu);
-		c->state->cpu = cpu;
-		c->state->method = c->requester == current ?
-				   KVMACCESS_METHOD_LOCAL : KVMACCESS_METHOD_INTERRUPT;
-		/* ... or after it is read again. */
-		smp_rmb();
-		if (c->vendor->home(vcpu) != cpu)
-			c->err = -EAGAIN;
-	}
+	c->state->cpu = smp_processor_id();
+	c->state->method = c->requester == current ?
+			   KVMACCESS_METHOD_LOCAL : KVMACCESS_METHOD_INTERRUPT;
+	c->err = capture_on(c, c->state->cpu);
 
 	c->state->handler = ktime_get_ns() - start;
 	if (c->requester != current) {
@@ -290,7 +312,7 @@ static int capture_in_memory(struct capture *c)
 		return -EAGAIN;
 	}
 
-	/* As in capture_here(). */
+	/* As in capture_on(). */
 	smp_rmb();
 	err = read_state(c, false);
 	c->state->cpu = cpu;
@@ -374,6 +396,7 @@ int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 		.state = state,
 		.vendor = kvmaccess_vcpu_vendor(),
 		.requester = current,
+		.wanted = KVMACCESS_VCPU_ALL,
 	};
 	u64 start = ktime_get_ns();
 	unsigned int host = 0;
@@ -411,10 +434,12 @@ int kvmaccess_vcpu_capture(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 }
 
 /*
- * The same, once, in an interrupt. If only one of another CPU would keep the
- * vCPU from changing, the result is 1 + the number of that.
+ * The same, once, in an interrupt, of the registers that are wanted: nothing
+ * else of @state is set but flags, condition and address space. If only an
+ * interrupt of another CPU would keep the vCPU from changing, the result is 1 +
+ * the number of that.
  */
-int kvmaccess_vcpu_capture_here(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
+int kvmaccess_vcpu_capture_here(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu, u64 wanted,
 				struct kvmaccess_vcpu_state *state)
 {
 	/* Pairs with the release in kvmaccess_vcpu_vendor(), which may sleep. */
@@ -423,18 +448,17 @@ int kvmaccess_vcpu_capture_here(struct kvmaccess_vm *vm, struct kvm_vcpu *vcpu,
 		.vcpu = vcpu,
 		.state = state,
 		.vendor = v,
-		.requester = current,
+		.wanted = wanted,
 	};
-
-	int cpu;
+	int cpu, err;
 
 	if (!v || vcpu->arch.guest_state_protected)
 		return -EOPNOTSUPP;
-	cpu = v->home(vcpu);
-	if (cpu != smp_processor_id())
-		return cpu >= 0 ? cpu + 1 : -EAGAIN;
-	state->retries = 0;
-	capture_here(&c);
+	err = capture_on(&c, smp_processor_id());
+	if (err == -EAGAIN) {
+		cpu = v->home(vcpu);
+		return cpu >= 0 && cpu != smp_processor_id() ? cpu + 1 : -EAGAIN;
+	}
 	kvmaccess_account_capture(&vm->account, 0, 0, 0);
-	return c.err;
+	return err;
 }

@@ -9,6 +9,20 @@
 struct kvmaccess_vm;
 struct netlink_ext_ack;
 
+/* Registers that are wanted, by BIT_ULL(KVMACCESS_REGISTER_*); all that there are. */
+#define KVMACCESS_VCPU_ALL	(~0ULL)
+
+/* Whether something of the segment register VCPU_SREG_* is wanted. */
+static inline bool kvmaccess_vcpu_wants_segment(u64 wanted, unsigned int i)
+{
+	if (wanted == KVMACCESS_VCPU_ALL)
+		return true;
+	if (i == VCPU_SREG_TR)
+		return wanted & (BIT_ULL(KVMACCESS_REGISTER_TR_BASE) |
+				 BIT_ULL(KVMACCESS_REGISTER_TR_SELECTOR));
+	return i == VCPU_SREG_LDTR && wanted & BIT_ULL(KVMACCESS_REGISTER_LDTR_SELECTOR);
+}
+
 /* What differs between SVM and VMX. */
 struct kvmaccess_vcpu_vendor {
 	enum kvmaccess_vendor id;
@@ -28,11 +42,11 @@ struct kvmaccess_vcpu_vendor {
 
 	/*
 	 * Read the registers that KVM does not keep in struct kvm_vcpu_arch,
-	 * with interrupts off on the vCPU's home. Caches that KVM fills on
-	 * demand must not be filled from here: the thread that has been
-	 * interrupted may be filling them.
+	 * with interrupts off on the vCPU's home: those that are wanted, and
+	 * maybe others. Caches that KVM fills on demand must not be filled from
+	 * here: the thread that has been interrupted may be filling them.
 	 */
-	int (*read)(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *state);
+	int (*read)(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *state, u64 wanted);
 
 	/* The state is memory that can be read from any CPU. */
 	bool in_memory;
@@ -44,9 +58,9 @@ extern const struct kvmaccess_vcpu_vendor kvmaccess_vcpu_vmx;
 const struct kvmaccess_vcpu_vendor *kvmaccess_vcpu_vendor(void);
 void kvmaccess_vcpu_read_msrs(struct kvm_vcpu *vcpu,
 			      struct kvmaccess_vcpu_state *state,
-			      unsigned long except);
+			      u64 wanted, unsigned long except);
 int __must_check kvmaccess_vcpu_capture_here(struct kvmaccess_vm *vm,
-					     struct kvm_vcpu *vcpu,
+					     struct kvm_vcpu *vcpu, u64 wanted,
 					     struct kvmaccess_vcpu_state *state);
 int __must_check kvmaccess_vcpu_capture(struct kvmaccess_vm *vm,
 					struct kvm_vcpu *vcpu,

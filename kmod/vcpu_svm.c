@@ -48,7 +48,7 @@ static int svm_home(struct kvm_vcpu *vcpu)
 	return READ_ONCE(vcpu->cpu);
 }
 
-static int svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+static int svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s, u64 wanted)
 {
 	void *svm = (void *)vcpu - layout.vcpu;
 	const struct vmcb *vmcb = READ_ONCE(*(struct vmcb **)(svm + layout.vmcb));
@@ -64,14 +64,18 @@ static int svm_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 		 kvmaccess_compat_is_dirty(vcpu, KVMACCESS_COMPAT_REG_CR3) ?
 		 vcpu->arch.cr3 : vmcb->save.cr3;
 	s->cr4 = vcpu->arch.cr4;
-	s->rflags = ops->get_rflags(vcpu);
-	s->cpl = ops->get_cpl(vcpu);
+	if (wanted == KVMACCESS_VCPU_ALL) {
+		s->rflags = ops->get_rflags(vcpu);
+		s->cpl = ops->get_cpl(vcpu);
+	}
 
-	for (i = 0; i < ARRAY_SIZE(s->segment); i++)
-		ops->get_segment(vcpu, &s->segment[i], i);
+	for (i = 0; i < ARRAY_SIZE(s->segment); i++) {
+		if (kvmaccess_vcpu_wants_segment(wanted, i))
+			ops->get_segment(vcpu, &s->segment[i], i);
+	}
 	ops->get_gdt(vcpu, &s->gdt);
 	ops->get_idt(vcpu, &s->idt);
-	kvmaccess_vcpu_read_msrs(vcpu, s, 0);
+	kvmaccess_vcpu_read_msrs(vcpu, s, wanted, 0);
 	return 0;
 }
 

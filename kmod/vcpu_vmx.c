@@ -225,17 +225,19 @@ static int read_kernel_gs_base(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_stat
 	return -EAGAIN;
 }
 
-static int read_current(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+static int read_current(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s, u64 wanted)
 {
 	const struct kvm_vcpu_arch *arch = &vcpu->arch;
 	struct reader r = {};
 	unsigned int i;
 
-	if (!kvmaccess_compat_is_dirty(vcpu, VCPU_REGS_RSP))
-		s->gpr[VCPU_REGS_RSP] = vmread(&r, GUEST_RSP);
-	if (!kvmaccess_compat_is_dirty(vcpu, KVMACCESS_COMPAT_REG_RIP))
-		s->rip = vmread(&r, GUEST_RIP);
-	s->rflags = vmread(&r, GUEST_RFLAGS);
+	if (wanted == KVMACCESS_VCPU_ALL) {
+		if (!kvmaccess_compat_is_dirty(vcpu, VCPU_REGS_RSP))
+			s->gpr[VCPU_REGS_RSP] = vmread(&r, GUEST_RSP);
+		if (!kvmaccess_compat_is_dirty(vcpu, KVMACCESS_COMPAT_REG_RIP))
+			s->rip = vmread(&r, GUEST_RIP);
+		s->rflags = vmread(&r, GUEST_RFLAGS);
+	}
 
 	s->cr0 = (vmread(&r, GUEST_CR0) & arch->cr0_guest_owned_bits) |
 		 (arch->cr0 & ~arch->cr0_guest_owned_bits);
@@ -246,14 +248,18 @@ static int read_current(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 	    !(vmread(&r, CPU_BASED_VM_EXEC_CONTROL) & CPU_BASED_CR3_LOAD_EXITING))
 		s->cr3 = vmread(&r, GUEST_CR3);
 
-	for (i = 0; i < ARRAY_SIZE(segments); i++)
-		read_segment(&r, &s->segment[i], i);
+	for (i = 0; i < ARRAY_SIZE(segments); i++) {
+		if (kvmaccess_vcpu_wants_segment(wanted, i))
+			read_segment(&r, &s->segment[i], i);
+	}
 	s->gdt.address = vmread(&r, GUEST_GDTR_BASE);
 	s->gdt.size = vmread(&r, GUEST_GDTR_LIMIT);
 	s->idt.address = vmread(&r, GUEST_IDTR_BASE);
 	s->idt.size = vmread(&r, GUEST_IDTR_LIMIT);
 
-	if (!(s->cr0 & X86_CR0_PE))
+	if (wanted != KVMACCESS_VCPU_ALL)
+		;
+	else if (!(s->cr0 & X86_CR0_PE))
 		s->cpl = 0;
 	else if (!(s->efer & EFER_LMA) && (s->rflags & X86_EFLAGS_VM))
 		s->cpl = 3;
@@ -262,11 +268,11 @@ static int read_current(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 
 	if (r.failed)
 		return -EAGAIN;
-	kvmaccess_vcpu_read_msrs(vcpu, s, BIT(KVMACCESS_MSR_KERNEL_GS_BASE));
-	return read_kernel_gs_base(vcpu, s);
+	kvmaccess_vcpu_read_msrs(vcpu, s, wanted, BIT(KVMACCESS_MSR_KERNEL_GS_BASE));
+	return wanted == KVMACCESS_VCPU_ALL ? read_kernel_gs_base(vcpu, s) : 0;
 }
 
-static int vmx_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
+static int vmx_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s, u64 wanted)
 {
 	const void *loaded = loaded_vmcs(vcpu);
 	u64 target = __pa(READ_ONCE(*(void **)(loaded + layout.vmcs)));
@@ -282,7 +288,7 @@ static int vmx_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 	if (!vmptrst(&current_vmcs))
 		return -EAGAIN;
 	if (current_vmcs == target)
-		return read_current(vcpu, s);
+		return read_current(vcpu, s, wanted);
 
 	/*
 	 * An NMI of perf asks KVM where the guest of the running vCPU is, and
@@ -294,7 +300,7 @@ static int vmx_read(struct kvm_vcpu *vcpu, struct kvmaccess_vcpu_state *s)
 
 	err = -EAGAIN;
 	if (vmptrld(target))
-		err = read_current(vcpu, s);
+		err = read_current(vcpu, s, wanted);
 	/* All ones: none was current, and KVM does not rely on that. */
 	if (current_vmcs != ~0ULL)
 		vmptrld(current_vmcs);

@@ -58,12 +58,14 @@ static void count_item(struct kvmaccess_watch *w, const struct kvmaccess_item *i
 {
 	w->stats.items += sign;
 	w->stats.memory += sign * (s64)kvmaccess_item_memory(item);
-	if (item->kind == KVMACCESS_KIND_DIGEST)
+	if (item->kind == KVMACCESS_KIND_DIGEST) {
 		w->stats.digested += sign * (s64)item->length;
-	else if (item->kind == KVMACCESS_KIND_REGISTER)
+	} else if (item->kind == KVMACCESS_KIND_REGISTER) {
 		w->nr_registers += sign;
-	else
+		w->wanted |= BIT_ULL(item->reg);
+	} else {
 		w->stats.bytes += sign * (s64)item->length;
+	}
 }
 
 /* Take it out of the account and of what is under way; it is still to be freed. */

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -157,6 +158,52 @@ func TestWatchLeavesPagesAlone(t *testing.T) {
 	}
 	m.Bytes()[1] ^= 1
 	wantEvent(t, w, 1, kvmaccess.StateDifferent)
+}
+
+// What is a device's and no memory is told of as not resident: reading it could
+// have effects. Video memory, which the kernel maps as if it were memory, and
+// addresses behind which there is nothing, which it does not.
+func TestWatchDeviceMemory(t *testing.T) {
+	const gpa, size = 1 << 30, 8 << 10
+	c, k, w := newClient(t), openKVM(t), newWatcher(t)
+	g, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: tinyvm.Spin(tinyvm.Long)})
+	m := newMemory(t, size, tinyvm.Anonymous)
+	t.Cleanup(func() { setSlot(t, g, tinyvm.Slot{Number: 1}) })
+	copy(m.Bytes(), pattern(gpa, size))
+	setSlot(t, g, tinyvm.Slot{Number: 1, GPA: gpa, Size: size, Memory: m})
+	page := m.Bytes()[kvmaccess.PageSize:]
+	// Of both pages, which a timer looks at.
+	watch := newWatch(t, w, vm, kvmaccess.WatchConfig{},
+		kvmaccess.Item{Cookie: 1, Kind: kvmaccess.KindBytes, GPA: gpa, Data: slices.Clone(m.Bytes()[:64])},
+		kvmaccess.Item{Cookie: 2, Kind: kvmaccess.KindBytes, GPA: gpa + kvmaccess.PageSize, Data: slices.Clone(page[:64])})
+	wantQuiet(t, w, watch, 5)
+	dev, err := os.Open("/dev/mem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	for _, at := range []int64{0xa0000, 0xf0000000} {
+		if _, err := unix.MmapPtr(int(dev.Fd()), at, unsafe.Pointer(&page[0]), kvmaccess.PageSize, unix.PROT_READ, unix.MAP_SHARED|unix.MAP_FIXED); err != nil {
+			t.Fatalf("%#x: %v", at, err)
+		}
+		wantEvent(t, w, 2, kvmaccess.StateNotResident)
+		wantQuiet(t, w, watch, 5)
+		if _, err := unix.MmapPtr(-1, 0, unsafe.Pointer(&page[0]), kvmaccess.PageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_FIXED); err != nil {
+			t.Fatal(err)
+		}
+		copy(page, pattern(gpa+kvmaccess.PageSize, kvmaccess.PageSize))
+		// It may be found before all of it is written.
+		e := nextEvent(t, w)
+		for e.State == kvmaccess.StateDifferent {
+			e = nextEvent(t, w)
+		}
+		if e.Cookie != 2 || e.State != kvmaccess.StateExpected {
+			t.Fatalf("%#x: %+v", at, e)
+		}
+	}
+	if s := watchStats(t, watch); s.NotResident != 0 || s.Different != 0 {
+		t.Errorf("%+v", s)
+	}
 }
 
 // Pages that are swapped out are told of as not resident, and stay out.
