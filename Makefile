@@ -135,8 +135,8 @@ test-unit:
 # $(call test_on,NAME OF HOST,OPTIONS OF GO TEST,VMFIXTURE COMMAND)
 define test_on
 	@echo '== tests on a KVM host: $1'
-	go test -v -count=1 -timeout 60m -tags kvmhost $2 \
-		-exec '$(abspath $(FIXTURE)) $3 $(WITH_PROGRAMS) --timeout 60m --' ./vm-fixtures/tests \
+	go test -v -count=1 -timeout 120m -tags kvmhost $2 \
+		-exec '$(abspath $(FIXTURE)) $3 $(WITH_PROGRAMS) --timeout 120m --' ./vm-fixtures/tests \
 		$(if $(SAMPLES),-args -samples $(SAMPLES))
 endef
 

@@ -65,7 +65,7 @@ func outcomeOf(err error) outcome {
 
 // tryEverything asks for everything there is as whoever runs it.
 func tryEverything() map[string]outcome {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience*20*time.Second)
 	defer cancel()
 	results := map[string]outcome{}
 	add := func(name string, err error) { results[name] = outcomeOf(err) }

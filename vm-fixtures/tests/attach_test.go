@@ -51,8 +51,7 @@ func live(t *testing.T, c *kvmaccess.Client, vm kvmaccess.VM) liveVM {
 func attached(t *testing.T, src guest.Source, what string, wanted func(*kvmaccess.VCPU) bool) *guest.Kernel {
 	t.Helper()
 	ctx := testContext(t)
-	// Each takes a quarter of a minute on a host with sanitizers.
-	for end := time.Now().Add(4 * time.Minute); ; {
+	for end := time.Now().Add(patience * time.Minute); ; {
 		start := time.Now()
 		k, err := guest.Attach(ctx, src, guest.AttachOptions{})
 		if err != nil {

@@ -51,7 +51,7 @@ func startDaemon(t *testing.T, dir string, args ...string) *monitor.Daemon {
 
 func watching(t *testing.T, d *monitor.Daemon, names ...string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(testContext(t), 30*time.Second)
+	ctx, cancel := context.WithTimeout(testContext(t), patience*30*time.Second)
 	defer cancel()
 	if err := d.Watching(ctx, names...); err != nil {
 		t.Fatal(err)
@@ -94,7 +94,7 @@ func lastSeq(all []daemon.Record) uint64 {
 // matching waits until there is a finding for each of what is expected.
 func matching(t *testing.T, d *monitor.Daemon, q daemon.Query, want []monitor.Expected, kinds ...integrity.Kind) []daemon.Record {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(patience * 20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
 		all := findings(t, d, q)
 		var found []daemon.Record
 		missing := ""

@@ -25,10 +25,14 @@ import (
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/monitor"
 )
 
-// eventually tries until it works or limit is over.
+// patience is how many times as long as on any machine of today something may
+// take: under an emulator, on a busy machine, on a kernel with sanitizers.
+const patience = 6
+
+// eventually tries until it works or limit, with patience, is over.
 func eventually(t *testing.T, limit time.Duration, try func() error) {
 	t.Helper()
-	for end := time.Now().Add(limit); ; time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(patience * limit); ; time.Sleep(50 * time.Millisecond) {
 		err := try()
 		if err == nil {
 			return
@@ -115,7 +119,7 @@ func TestRestart(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(context.Background(), patience*10*time.Second)
 			defer cancel()
 			if err := web.EndAttack(ctx, name); err != nil {
 				t.Error(err)

@@ -38,7 +38,7 @@ func TestDestroyedWhileRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		vm := newestVM(t, c, selfPID)
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), patience*time.Minute)
 		reads, wait := readers(ctx, t, vm, tinyPages)
 		for reads() < 20 {
 			time.Sleep(time.Millisecond)
@@ -78,7 +78,7 @@ func TestTinyVMMKilledWhileRead(t *testing.T) {
 		var ids []kvmaccess.VMID
 		var waits []func() error
 		var counts []func() int64
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), patience*time.Minute)
 		for _, vm := range vms {
 			if vm.PID == vmm.PID() {
 				reads, wait := readers(ctx, t, vm, tinyPages)

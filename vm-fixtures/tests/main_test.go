@@ -53,7 +53,7 @@ func loadModule() error { return boot.LoadModule(payload(host.ModuleFile), "") }
 
 // unloadModule waits as long as limit for those that use the module.
 func unloadModule(limit time.Duration) error {
-	for end := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience * limit); ; time.Sleep(20 * time.Millisecond) {
 		err := unix.DeleteModule("kvmaccess", unix.O_NONBLOCK)
 		if err == nil {
 			return nil
@@ -74,7 +74,7 @@ var sharedConfigs = map[string]guest.Config{
 }
 
 func stopShared() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience*30*time.Second)
 	defer cancel()
 	var err error
 	for name, g := range shared {
@@ -86,7 +86,7 @@ func stopShared() error {
 
 // testContext ends before the test's time does.
 func testContext(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), patience*2*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -160,7 +160,7 @@ func paused(t *testing.T, g *guest.Guest) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience*10*time.Second)
 		defer cancel()
 		if err := g.Resume(ctx); err != nil {
 			t.Error(err)

@@ -321,7 +321,7 @@ func TestHaltedVCPU(t *testing.T) {
 	ctx, c := testContext(t), newClient(t)
 	g := sharedGuest(t, "db1")
 	vm := vmOf(t, c, g)
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(patience * 20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		v, err := c.VCPU(ctx, vm.ID, 0)
 		if err != nil {
 			t.Fatal(err)

@@ -141,7 +141,7 @@ func TestEvents(t *testing.T) {
 
 	receive := func(kind kvmaccess.EventKind) kvmaccess.VM {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+		ctx, cancel := context.WithTimeout(ctx, patience*20*time.Second)
 		defer cancel()
 		e, err := s.Receive(ctx)
 		if err != nil {

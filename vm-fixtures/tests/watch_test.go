@@ -80,7 +80,7 @@ func watchStats(t *testing.T, watch *kvmaccess.Watch) kvmaccess.WatchStats {
 // nextEvent is the next one, which must come soon.
 func nextEvent(t *testing.T, w *kvmaccess.Watcher) kvmaccess.WatchEvent {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience*20*time.Second)
 	defer cancel()
 	e, err := w.Receive(ctx)
 	if err != nil {
