@@ -102,15 +102,18 @@ var watchedRegisters = []struct {
 func (m *Monitor) WatchItems(ctx context.Context) (WatchList, error) {
 	var list WatchList
 	m.places = m.places[:0]
-	if m.g == nil || m.status.State != StateWatching {
+	if m.g == nil {
 		return list, nil
 	}
 	list.Items = m.watchRegisters()
 	if err := m.watchMemory(ctx, &list); err != nil {
 		return WatchList{}, err
 	}
-	if m.unseen {
+	switch {
+	case m.unseen:
 		list.Again = unseenAgain
+	case m.status.State == StateRegisters:
+		list.Again = m.unread.every
 	}
 	for _, c := range m.cpus {
 		if c.ready && !c.settled {
@@ -273,7 +276,7 @@ func (e tableEntry) item(what string) WatchItem {
 // says, which the Tick that followed did not see any more, and returns what is
 // to be said of that. The next Tick sees the guest as it is.
 func (m *Monitor) See(ctx context.Context, e kvmaccess.WatchEvent) ([]Finding, error) {
-	if m.g == nil || m.status.State != StateWatching || e.State != kvmaccess.StateDifferent {
+	if m.g == nil || e.State != kvmaccess.StateDifferent {
 		return nil, nil
 	}
 	layout, changed := false, false
