@@ -53,6 +53,7 @@ type keeper struct {
 	// For one goroutine at a time: the keeper's, or that of the lane that has
 	// the job.
 	monitor  monitor
+	attached integrity.State // the monitor's, when that attached
 	memory   *coldMemory
 	list     *integrity.WatchList // what the module is to compare; nil: to be asked for
 	quick    int                  // ticks in succession that had no slow read
@@ -205,7 +206,7 @@ func (k *keeper) watch(ctx context.Context) {
 	defer k.finish()
 	result := outcomeChanged
 	for first := true; k.attach(ctx); first = false {
-		if result == outcomeChanged || !k.watching() {
+		if result == outcomeChanged || !k.said() {
 			k.settle()
 		}
 		if first {
@@ -224,10 +225,11 @@ func (k *keeper) watch(ctx context.Context) {
 	}
 }
 
-func (k *keeper) watching() bool {
+// said says whether the state of the watch is that of the monitor.
+func (k *keeper) said() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.state == StateWatching || k.state == StateRegisters
+	return k.state == State(k.attached)
 }
 
 func (k *keeper) subject() string { return "symbols of " + k.name() }
@@ -288,7 +290,7 @@ func (k *keeper) attach(ctx context.Context) bool {
 				k.set(StateFailing, k.failure.Error())
 			}
 		default:
-			if k.monitor.State() != integrity.StateWaiting {
+			if k.attached = k.monitor.State(); k.attached != integrity.StateWaiting {
 				return true
 			}
 			k.set(StateWaiting, k.monitor.Status().Reason)
@@ -315,11 +317,7 @@ func (k *keeper) settle() {
 		}
 	}
 	k.mu.Unlock()
-	state := StateWatching
-	if status.State == integrity.StateRegisters {
-		state = StateRegisters
-	}
-	k.set(state, strings.Join(append(reasons, status.Problems...), "; "))
+	k.set(State(status.State), strings.Join(append(reasons, status.Problems...), "; "))
 }
 
 // save keeps the baseline, with findings if there are any.
@@ -418,7 +416,7 @@ func (k *keeper) stayApart(ctx context.Context) outcome {
 func (k *keeper) tick(ctx context.Context) bool {
 	findings, err := k.monitor.Tick(ctx)
 	k.accepted()
-	if len(findings) == 0 && err == nil && k.monitor.State() != integrity.StateWaiting &&
+	if len(findings) == 0 && err == nil && k.monitor.State() == k.attached &&
 		(k.memory == nil || k.memory.shared && !k.memory.asked.Load()) {
 		return true
 	}
@@ -432,7 +430,7 @@ func (k *keeper) tick(ctx context.Context) bool {
 		}
 	case outcomeNone:
 		switch {
-		case k.monitor.State() == integrity.StateWaiting:
+		case k.monitor.State() != k.attached:
 			k.outcome = outcomeChanged
 		case len(findings) > 0:
 			k.outcome = outcomeFindings

@@ -23,7 +23,7 @@ type Record struct {
 // State says how far the watch of a VM is.
 type State string
 
-// States of a VM's watch.
+// States of a VM's watch; the first three are those of an integrity.Monitor.
 const (
 	// StateWaiting: the guest cannot be read yet (it has not set up its
 	// tables, or its vCPUs have never run); asked again at a slower pace.

@@ -414,6 +414,7 @@ func TestRegisters(t *testing.T) {
 			g.set(func(g *fakeGuest) { g.value, g.blind = 1, true })
 			settleDown()
 			r.found(is6, is1)
+			state(StateRegisters, "no memory")
 		})
 	}
 }

@@ -268,6 +268,16 @@ func TestMemoryLost(t *testing.T) {
 			t.Errorf("-want +got\n%s", diff)
 		}
 		w.quiet(m)
+		// Another time, with registers that have not changed for long.
+		back = w.lose(func([]byte) bool { return false })
+		w.quiet(m)
+		w.rest(settleTables)
+		w.quiet(m)
+		w.state(m, StateRegisters)
+		back()
+		if found := w.readAgain(m); len(found) != 0 {
+			t.Errorf("%q", texts(found))
+		}
 	}
 }
 

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: MIT
+
+//go:build kvmhost
+
+package tests
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/kvmaccess/kvmaccess/userspace/daemon"
+	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/monitor"
+	"github.com/kvmaccess/kvmaccess/vm-fixtures/tinyvm"
+)
+
+// blindGuest is a guest whose memory its VMM takes away and gives back, and
+// whose registers it changes.
+type blindGuest struct {
+	*tinyvm.Guest
+	t       *testing.T
+	vm      kvmaccess.VM
+	slots   []tinyvm.Slot
+	running bool // its vCPU waits in the kernel, halted
+}
+
+const (
+	blindTable   = 0xfffff80000000000 // not Linux's: nothing is expected of the guest
+	blindHandler = blindTable + 0x1000
+	userCode     = 1<<30 + tinyvm.Code
+)
+
+// newBlindGuest makes a guest that is up as far as its registers tell. Its vCPU
+// is halted in the kernel, or was stopped while it ran a program.
+func newBlindGuest(t *testing.T, k *tinyvm.KVM, c *kvmaccess.Client, user bool) *blindGuest {
+	t.Helper()
+	code, in := tinyvm.Halt(), kvmaccess.ConditionHalted
+	if user {
+		code, in = tinyvm.Spin(tinyvm.Long), kvmaccess.ConditionGuest
+	}
+	g, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: code, IRQChip: true})
+	b := &blindGuest{Guest: g, t: t, vm: vm, slots: g.Slots()}
+	gates(t, g, blindTable, blindHandler, 16, 0)
+	b.set(map[uint32]uint64{
+		tinyvm.MSRSTAR: 0x23<<48 | 0x10<<32, tinyvm.MSRLSTAR: blindHandler, tinyvm.MSRCSTAR: blindHandler + 0x40, tinyvm.MSRSFMASK: 0x257fd5,
+	})
+	if user {
+		if err := g.Tables.Map(userCode, tinyvm.Code, tinyvm.Page4K, tinyvm.Page4K, tinyvm.EntryUser); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.VCPUs[0].EnterUser(); err != nil {
+			t.Fatal(err)
+		}
+		r, err := g.VCPUs[0].Regs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.RIP = userCode
+		if err := g.VCPUs[0].SetRegs(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	started(t, g)
+	until(t, c, vm.ID, 0, "up", inCondition(in))
+	if b.running = !user; user {
+		stopped(t, g)
+	}
+	return b
+}
+
+// set sets model-specific registers.
+func (b *blindGuest) set(msrs map[uint32]uint64) {
+	b.t.Helper()
+	b.halt(func(v *tinyvm.VCPU) error {
+		for index, value := range msrs {
+			if err := v.SetMSRs(tinyvm.MSR{Index: index, Value: value}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// protect sets or clears CR0.WP.
+func (b *blindGuest) protect(on bool) {
+	b.t.Helper()
+	b.halt(func(v *tinyvm.VCPU) error {
+		s, err := v.SRegs()
+		if err != nil {
+			return err
+		}
+		if s.CR0 &^= tinyvm.CR0WP; on {
+			s.CR0 |= tinyvm.CR0WP
+		}
+		return v.SetSRegs(s)
+	})
+}
+
+// halt changes the vCPU while it does not run.
+func (b *blindGuest) halt(change func(*tinyvm.VCPU) error) {
+	b.t.Helper()
+	if b.running {
+		stopped(b.t, b.Guest)
+	}
+	if err := change(b.VCPUs[0]); err != nil {
+		b.t.Fatal(err)
+	}
+	if b.running {
+		started(b.t, b.Guest)
+	}
+}
+
+// lose takes the memory away; recall gives it back as it was.
+func (b *blindGuest) lose() {
+	b.t.Helper()
+	for _, s := range b.slots {
+		s.Size = 0
+		setSlot(b.t, b.Guest, s)
+	}
+}
+
+func (b *blindGuest) recall() {
+	b.t.Helper()
+	for _, s := range b.slots {
+		setSlot(b.t, b.Guest, s)
+	}
+}
+
+func (b *blindGuest) status(d *monitor.Daemon) daemon.VMStatus {
+	b.t.Helper()
+	vms, err := d.Client.VMs(testContext(b.t))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, vm := range vms {
+		if vm.ID == b.vm.ID {
+			return vm
+		}
+	}
+	b.t.Fatalf("no VM %d in %+v", b.vm.ID, vms)
+	return daemon.VMStatus{}
+}
+
+// becomes waits until the daemon says that the guest is so.
+func (b *blindGuest) becomes(d *monitor.Daemon, state daemon.State, says string) (s daemon.VMStatus) {
+	b.t.Helper()
+	eventually(b.t, 2*time.Minute, func() error {
+		if s = b.status(d); s.State != state || !strings.Contains(s.Reason, says) {
+			return fmt.Errorf("it is %q (%s), not %q (%s)", s.State, s.Reason, state, says)
+		}
+		return nil
+	})
+	b.t.Logf("VM %d: %s: %s", b.vm.ID, s.State, s.Reason)
+	return s
+}
+
+// told waits until these, as kind and key, are all findings of the guest.
+func (b *blindGuest) told(d *monitor.Daemon, want ...string) {
+	b.t.Helper()
+	eventually(b.t, 20*time.Second, func() error {
+		got := []string{}
+		for _, r := range findings(b.t, d, daemon.Query{VM: strconv.Itoa(int(b.vm.ID))}) {
+			got = append(got, string(r.Kind)+" "+r.Key())
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			return fmt.Errorf("findings of VM %d: -want +got\n%s", b.vm.ID, diff)
+		}
+		return nil
+	})
+}
+
+// A guest whose memory is all gone has its registers watched, and that is said;
+// all of it is watched when it has memory again, and registers go on to be when
+// that goes another time.
+func TestRegistersOnly(t *testing.T) {
+	c, k := newClient(t), openKVM(t)
+	for _, mode := range []daemon.Mode{daemon.ModeWatch, daemon.ModePoll} {
+		t.Run(string(mode), func(t *testing.T) {
+			guests := map[string]*blindGuest{"a program": newBlindGuest(t, k, c, true), "halted": newBlindGuest(t, k, c, false)}
+			for _, b := range guests {
+				b.lose()
+			}
+			d := startDaemon(t, t.TempDir(), "--mode", string(mode), "--period", "100ms")
+			want := map[string][]string{}
+			expect := func(name string, more ...string) {
+				t.Helper()
+				want[name] = append(want[name], more...)
+				guests[name].told(d, want[name]...)
+			}
+			for _, name := range []string{"a program", "halted"} {
+				b := guests[name]
+				s := b.becomes(d, daemon.StateRegisters, "its memory is not looked at, its registers are")
+				if s.Baseline == nil {
+					t.Errorf("%s: %+v", name, s)
+				}
+				b.set(map[uint32]uint64{tinyvm.MSRLSTAR: blindHandler + 0x80})
+				expect(name, "changed msr/lstar@0/LSTAR")
+				b.protect(false)
+				expect(name, "changed control/cr0@0/CR0.WP")
+				b.protect(true)
+				expect(name, "cleared control/cr0@0/CR0.WP")
+				if s := b.becomes(d, daemon.StateRegisters, "cannot be read"); mode == daemon.ModeWatch && (s.Watch.Events < 3 || s.Watch.Items < 16 || s.Watch.Bytes != 0) {
+					t.Errorf("%s: not registers, all and only, by the module: %+v", name, s.Watch)
+				}
+			}
+			out, errs, code := cli(t, "check", strconv.Itoa(int(guests["a program"].vm.ID)))
+			if code != 1 || !strings.Contains(out, "only the registers of 1 vCPU are checked") || !strings.Contains(out, "its memory is not looked at") {
+				t.Errorf("kvmaccess check: exit code %d\n%s%s", code, out, errs)
+			}
+			for name, b := range guests {
+				b.recall()
+				if s := b.becomes(d, daemon.StateWatching, ""); s.Accepted == 0 || strings.Contains(s.Reason, "not looked at") {
+					t.Errorf("%s: %+v", name, s)
+				}
+				if !strings.Contains(d.Output(), `rule="memory readable"`) {
+					t.Errorf("no record in the log:\n%s", d.Output())
+				}
+				b.set(map[uint32]uint64{tinyvm.MSRLSTAR: blindHandler})
+				expect(name, "cleared msr/lstar@0/LSTAR")
+				gate, err := b.Bytes(tinyvm.DefaultMemory-0x2000+14*16, 2)
+				if err != nil {
+					t.Fatal(err)
+				}
+				gate[0] ^= 0x40
+				expect(name, "changed idt/idt/14")
+				gate[0] ^= 0x40
+				expect(name, "cleared idt/idt/14")
+				b.lose()
+				b.becomes(d, daemon.StateRegisters, "cannot be read")
+				b.protect(false)
+				expect(name, "changed control/cr0@0/CR0.WP")
+			}
+			if v := capture(t, c, guests["halted"].vm.ID, 0); v.Condition != kvmaccess.ConditionHalted || v.CR0&guest.CR0WP != 0 {
+				t.Errorf("%+v", v)
+			}
+			if err := d.Stop(testContext(t)); err != nil {
+				t.Error(err)
+			}
+			for name, b := range guests {
+				if all := watchesOf(t, c, b.vm.ID); len(all) != 0 {
+					t.Errorf("%s: watches are left: %+v", name, all)
+				}
+			}
+		})
+	}
+}
