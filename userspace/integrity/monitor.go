@@ -151,30 +151,6 @@ type cpu struct {
 	dirty   bool // watch differs from what the items were made of
 }
 
-// watched are the registers that make items, without the bits that do not.
-type watched struct {
-	cr0, cr4, efer                           uint64
-	star, lstar, cstar, sfmask               uint64
-	sysenterCS, sysenterESP, sysenterEIP, tr uint64
-	gdtr, idtr                               kvmaccess.TableRegister
-	trSelector                               uint16
-}
-
-const (
-	watchedCR0  = guest.CR0PE | guest.CR0WP | guest.CR0PG
-	watchedCR4  = guest.CR4PAE | guest.CR4LA57 | guest.CR4SMEP | guest.CR4SMAP | guest.CR4UMIP | guest.CR4FSGSBASE | guest.CR4CET
-	watchedEFER = guest.EFERSCE | guest.EFERLMA | guest.EFERNXE
-)
-
-func watch(v *kvmaccess.VCPU) watched {
-	return watched{
-		cr0: v.CR0 & watchedCR0, cr4: v.CR4 & watchedCR4, efer: v.EFER & watchedEFER,
-		star: v.STAR, lstar: v.LSTAR, cstar: v.CSTAR, sfmask: v.SFMASK,
-		sysenterCS: v.SysenterCS, sysenterESP: v.SysenterESP, sysenterEIP: v.SysenterEIP,
-		tr: v.TR.Base, trSelector: v.TR.Selector, gdtr: v.GDTR, idtr: v.IDTR,
-	}
-}
-
 // object is an Object in its place in the Monitor.
 type object struct {
 	Object
@@ -388,7 +364,7 @@ func (c *cpu) update(state kvmaccess.VCPU, now time.Time) (layout, dirty bool) {
 	}
 	w := watch(&state)
 	same := w == c.watch
-	moved := w.gdtr != c.watch.gdtr || w.idtr != c.watch.idtr
+	moved := state.GDTR != c.state.GDTR || state.IDTR != c.state.IDTR
 	c.state, c.watch = state, w
 	ready := readyReason(&state) == ""
 	if ready != c.ready {
