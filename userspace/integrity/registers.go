@@ -54,7 +54,7 @@ func (m *Monitor) watchRegistersOnly(ctx context.Context, reason string) error {
 	m.unread.reason = reason
 	m.unread.every = max(firstProbe, m.unread.every)
 	m.unread.probe = m.now().Add(m.unread.every)
-	m.status.State, m.status.Reason = StateRegisters, reason+": its memory is not looked at, its registers are"
+	m.status.State, m.status.Reason = StateRegisters, "memory is not looked at, only registers are: "+reason
 	m.layout()
 	return m.reread(ctx)
 }

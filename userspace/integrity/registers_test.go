@@ -145,7 +145,7 @@ func TestRegistersOnly(t *testing.T) {
 			w.state(m, StateWaiting, "cannot be read")
 			w.rest(time.Second)
 			w.quiet(m)
-			w.state(m, StateRegisters, "cannot be read", "its memory is not looked at, its registers are")
+			w.state(m, StateRegisters, "cannot be read", "memory is not looked at, only registers are")
 			if s := m.Status(); s.VCPUs != 2 || s.Bytes != 0 || len(s.Problems) != 0 || s.Symbols != 0 || s.Kernel != nil {
 				t.Errorf("%+v", s)
 			}

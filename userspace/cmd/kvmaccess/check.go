@@ -248,7 +248,11 @@ func (a *app) printChecked(results []checked) error {
 		who := printable(r.VM.String())
 		switch {
 		case r.Status.State == integrity.StateRegisters:
-			_, err = fmt.Fprintf(a.out, "%s: only the registers of %s are checked, %s: %s\n", who, plural(r.Status.VCPUs, "vCPU"), plural(len(r.Findings), "finding"), r.Error)
+			found := "no findings"
+			if n := len(r.Findings); n > 0 {
+				found = plural(n, "finding")
+			}
+			_, err = fmt.Fprintf(a.out, "%s: %s in the registers of %s; %s\n", who, found, plural(r.Status.VCPUs, "vCPU"), r.Error)
 		case r.Error != "":
 			_, err = fmt.Fprintf(a.out, "%s: not checked: %s\n", who, r.Error)
 		case len(r.Findings) == 0:
