@@ -315,8 +315,8 @@ func TestBPFEqualsSyscall(t *testing.T) {
 			if p.Name != f["name"] || p.Tag != tag || p.Length*8 != xlated {
 				t.Errorf("program %+v, want %s", p, line)
 			}
-			if kind := strings.ReplaceAll(BPFType(p.Type), "_", ""); !strings.EqualFold(kind, f["type"]) && f["type"] != "CGroupSKB" {
-				t.Errorf("program %d is a %s, want %s", p.ID, BPFType(p.Type), f["type"])
+			if kind := strings.ReplaceAll(p.Type.String(), "_", ""); !strings.EqualFold(kind, f["type"]) && f["type"] != "CGroupSKB" {
+				t.Errorf("program %d is a %s, want %s", p.ID, p.Type, f["type"])
 			}
 			addrs := strings.Fields(strings.Trim(f["addrs"], "[]"))
 			if got := fmt.Sprintf("%x", p.Func); p.Jited && len(addrs) == 1 && got != addrs[0] {
