@@ -689,13 +689,13 @@ func TestBranch(t *testing.T) {
 		if got == nil {
 			continue
 		}
-		if to, ok := BranchTarget(tt.at, got); to != tt.to || !ok {
-			t.Errorf("BranchTarget(% x) = %#x, %v, want %#x", got, to, ok, tt.to)
+		if to, ok := branchTarget(tt.at, got); to != tt.to || !ok {
+			t.Errorf("branchTarget(% x) = %#x, %v, want %#x", got, to, ok, tt.to)
 		}
 	}
 	for _, code := range [][]byte{nil, {0xe8, 0, 0, 0}, {0xeb}, {0x90, 0, 0, 0, 0, 0}, {0x0f, 0x84, 0, 0, 0}} {
-		if to, ok := BranchTarget(0x1000, code); ok {
-			t.Errorf("BranchTarget(% x) = %#x", code, to)
+		if to, ok := branchTarget(0x1000, code); ok {
+			t.Errorf("branchTarget(% x) = %#x", code, to)
 		}
 	}
 }
