@@ -12,6 +12,7 @@ import (
 
 	"github.com/kvmaccess/kvmaccess/bench/sample"
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
+	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
@@ -173,48 +174,15 @@ func (o *Objects) Items(ctx context.Context) ([]kvmaccess.Item, error) {
 	return append(items, Registers(o.VCPU, 200)...), nil
 }
 
-// Registers are those of a vCPU that do not change while Linux runs, as items.
+// Registers are those of a vCPU that do not change while Linux runs, as items:
+// what is watched, and PAT.
 func Registers(v kvmaccess.VCPU, cookie uint64) []kvmaccess.Item {
-	// Linux sets and clears others as it runs.
-	const (
-		cr0  = guest.CR0PE | guest.CR0WP | guest.CR0PG
-		cr4  = guest.CR4PAE | guest.CR4SMEP | guest.CR4SMAP | guest.CR4UMIP | guest.CR4FSGSBASE
-		efer = guest.EFERSCE | guest.EFERLMA | guest.EFERNXE
-	)
 	var items []kvmaccess.Item
-	for _, r := range []struct {
-		register    kvmaccess.Register
-		value, mask uint64
-	}{
-		{kvmaccess.RegisterCR0, v.CR0, cr0},
-		{kvmaccess.RegisterCR4, v.CR4, cr4},
-		{kvmaccess.RegisterEFER, v.EFER, efer},
-		{kvmaccess.RegisterGDTRBase, v.GDTR.Base, 0},
-		{kvmaccess.RegisterGDTRLimit, uint64(v.GDTR.Limit), 0},
-		{kvmaccess.RegisterIDTRBase, v.IDTR.Base, 0},
-		{kvmaccess.RegisterIDTRLimit, uint64(v.IDTR.Limit), 0},
-		{kvmaccess.RegisterTRBase, v.TR.Base, 0},
-		{kvmaccess.RegisterTRSelector, uint64(v.TR.Selector), 0},
-		{kvmaccess.RegisterSTAR, v.STAR, 0},
-		{kvmaccess.RegisterLSTAR, v.LSTAR, 0},
-		{kvmaccess.RegisterCSTAR, v.CSTAR, 0},
-		{kvmaccess.RegisterSFMASK, v.SFMASK, 0},
-		{kvmaccess.RegisterSysenterCS, v.SysenterCS, 0},
-		{kvmaccess.RegisterSysenterESP, v.SysenterESP, 0},
-		{kvmaccess.RegisterSysenterEIP, v.SysenterEIP, 0},
-		{kvmaccess.RegisterPAT, v.PAT, 0},
-	} {
-		items = append(items, kvmaccess.Item{Cookie: cookie, Kind: kvmaccess.KindRegister,
-			Register: r.register, Value: r.value & maskOf(r.mask), Mask: r.mask})
+	for _, r := range append(integrity.WatchedRegisters(), integrity.WatchedRegister{Register: kvmaccess.RegisterPAT}) {
+		it := r.Item(&v.Registers)
+		it.Cookie = cookie
+		items = append(items, it)
 		cookie++
 	}
 	return items
-}
-
-// maskOf is what a mask of 0 means to an Item.
-func maskOf(mask uint64) uint64 {
-	if mask == 0 {
-		return ^uint64(0)
-	}
-	return mask
 }

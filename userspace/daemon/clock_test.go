@@ -130,7 +130,7 @@ func BenchmarkTick(b *testing.B) {
 		b.Fatal(err)
 	}
 	defer l.Shutdown()
-	k := &keeper{monitor: quietMonitor{}, memory: &coldMemory{shared: true}}
+	k := &keeper{monitor: quietMonitor{}, attached: integrity.StateWatching, memory: &coldMemory{shared: true}}
 	ctx, cancel := context.WithCancel(b.Context())
 	defer cancel()
 	k.job = newJob(MinPeriod, &k.account, func(ctx context.Context) bool {

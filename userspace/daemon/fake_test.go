@@ -83,6 +83,7 @@ type fakeHost struct {
 type fakeGuest struct {
 	mu    sync.Mutex
 	up    bool
+	blind bool // its memory cannot be read
 	value uint64
 	err   error                               // of each tick
 	work  func(context.Context, guest.Memory) // of each tick
@@ -341,7 +342,15 @@ func (m *fakeMonitor) Tick(ctx context.Context) ([]integrity.Finding, error) {
 		m.state = integrity.StateWaiting
 		return nil, nil
 	}
-	m.state = integrity.StateWatching
+	switch {
+	case m.guest.blind:
+		m.state = integrity.StateRegisters
+	case m.state == integrity.StateRegisters: // the next one attaches
+		m.state = integrity.StateWaiting
+		return nil, nil
+	default:
+		m.state = integrity.StateWatching
+	}
 	if m.taken.IsZero() {
 		m.taken, m.base, m.last = time.Now().Round(0), m.guest.value, m.guest.value
 	}
@@ -377,7 +386,7 @@ func finding(vm integrity.VM, kind integrity.Kind, entry int, old, new uint64) i
 func (m *fakeMonitor) WatchItems(context.Context) (integrity.WatchList, error) {
 	m.guest.mu.Lock()
 	defer m.guest.mu.Unlock()
-	if m.state != integrity.StateWatching {
+	if m.state == integrity.StateWaiting {
 		return integrity.WatchList{}, nil
 	}
 	return integrity.WatchList{
@@ -424,7 +433,14 @@ func (m *fakeMonitor) Baseline() integrity.Baseline {
 }
 
 func (m *fakeMonitor) Status() integrity.Status {
-	return integrity.Status{State: m.state, Reason: "not up", Pending: len(m.queue)}
+	s := integrity.Status{State: m.state, Pending: len(m.queue)}
+	switch m.state {
+	case integrity.StateWaiting:
+		s.Reason = "not up"
+	case integrity.StateRegisters:
+		s.Reason = "no memory"
+	}
+	return s
 }
 
 func (g *fakeGuest) set(change func(*fakeGuest)) {

@@ -53,6 +53,7 @@ type keeper struct {
 	// For one goroutine at a time: the keeper's, or that of the lane that has
 	// the job.
 	monitor  monitor
+	attached integrity.State // the monitor's, when that attached
 	memory   *coldMemory
 	list     *integrity.WatchList // what the module is to compare; nil: to be asked for
 	quick    int                  // ticks in succession that had no slow read
@@ -96,6 +97,9 @@ const (
 	firstRetry = 20 * time.Millisecond
 	lastRetry  = time.Second
 )
+
+// encrypted is what there is to say of a guest in StateProtected.
+const encrypted = "its registers and its memory are encrypted (SEV-ES, SEV-SNP, TDX): there is nothing to look at"
 
 // quickTicks without a slow read bring a VM back to the shared lane.
 const quickTicks = 64
@@ -190,7 +194,7 @@ func (k *keeper) look() {
 // watch watches the VM with one monitor.
 func (k *keeper) watch(ctx context.Context) {
 	if k.vm.Flags&kvmaccess.VMProtected != 0 {
-		k.set(StateProtected, "the guest's state is encrypted: nothing of it can be checked")
+		k.set(StateProtected, encrypted)
 		<-ctx.Done()
 		return
 	}
@@ -202,7 +206,7 @@ func (k *keeper) watch(ctx context.Context) {
 	defer k.finish()
 	result := outcomeChanged
 	for first := true; k.attach(ctx); first = false {
-		if result == outcomeChanged || !k.watching() {
+		if result == outcomeChanged || !k.said() {
 			k.settle()
 		}
 		if first {
@@ -221,10 +225,11 @@ func (k *keeper) watch(ctx context.Context) {
 	}
 }
 
-func (k *keeper) watching() bool {
+// said says whether the state of the watch is that of the monitor.
+func (k *keeper) said() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.state == StateWatching
+	return k.state == State(k.attached)
 }
 
 func (k *keeper) subject() string { return "symbols of " + k.name() }
@@ -272,23 +277,23 @@ func (k *keeper) attach(ctx context.Context) bool {
 			k.account.tick(0, monotonic()-begin, 0)
 		}
 		k.findings = append(k.findings, findings...)
+		k.accepted()
 		result := k.judge(ctx, err)
 		k.report(ctx)
 		switch result {
 		case outcomeStopped, outcomeGone, outcomeModule:
 			return false
 		case outcomeFailed:
-			state := StateFailing
 			if errors.Is(k.failure, kvmaccess.ErrProtected) {
-				state = StateProtected
+				k.set(StateProtected, encrypted)
+			} else {
+				k.set(StateFailing, k.failure.Error())
 			}
-			k.set(state, k.failure.Error())
 		default:
-			status := k.monitor.Status()
-			if status.State == integrity.StateWatching {
+			if k.attached = k.monitor.State(); k.attached != integrity.StateWaiting {
 				return true
 			}
-			k.set(StateWaiting, status.Reason)
+			k.set(StateWaiting, k.monitor.Status().Reason)
 			k.job.next = 0 // no tick is missed of a guest that is not up
 		}
 		select {
@@ -303,14 +308,16 @@ func (k *keeper) attach(ctx context.Context) bool {
 func (k *keeper) settle() {
 	k.save()
 	status := k.monitor.Status()
-	reasons := status.Problems
+	var reasons []string
 	k.mu.Lock()
 	k.kernel = status.Kernel
-	if k.lacks != "" {
-		reasons = append([]string{k.lacks}, reasons...)
+	for _, reason := range []string{status.Reason, k.lacks} {
+		if reason != "" {
+			reasons = append(reasons, reason)
+		}
 	}
 	k.mu.Unlock()
-	k.set(StateWatching, strings.Join(reasons, "; "))
+	k.set(State(status.State), strings.Join(append(reasons, status.Problems...), "; "))
 }
 
 // save keeps the baseline, with findings if there are any.
@@ -351,7 +358,7 @@ func (k *keeper) report(ctx context.Context) {
 func (k *keeper) finish() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.anew == nil && len(k.findings) == 0 && k.monitor.State() == integrity.StateWatching && k.monitor.Status().Pending == 0 {
+	if k.anew == nil && len(k.findings) == 0 && k.monitor.State() != integrity.StateWaiting && k.monitor.Status().Pending == 0 {
 		baseline := k.monitor.Baseline()
 		k.journal.raise(k.id, &baseline)
 	}
@@ -409,7 +416,7 @@ func (k *keeper) stayApart(ctx context.Context) outcome {
 func (k *keeper) tick(ctx context.Context) bool {
 	findings, err := k.monitor.Tick(ctx)
 	k.accepted()
-	if len(findings) == 0 && err == nil && k.monitor.State() == integrity.StateWatching &&
+	if len(findings) == 0 && err == nil && k.monitor.State() == k.attached &&
 		(k.memory == nil || k.memory.shared && !k.memory.asked.Load()) {
 		return true
 	}
@@ -423,7 +430,7 @@ func (k *keeper) tick(ctx context.Context) bool {
 		}
 	case outcomeNone:
 		switch {
-		case k.monitor.State() != integrity.StateWatching:
+		case k.monitor.State() != k.attached:
 			k.outcome = outcomeChanged
 		case len(findings) > 0:
 			k.outcome = outcomeFindings
@@ -489,7 +496,7 @@ func (k *keeper) set(state State, reason string) {
 	defer k.mu.Unlock()
 	if k.state != state || k.reason != reason {
 		level := slog.LevelInfo
-		if state == StateFailing {
+		if state == StateFailing || state == StateRegisters || state == StateProtected {
 			level = slog.LevelWarn
 		}
 		k.log.Log(context.Background(), level, string(state), "reason", reason)

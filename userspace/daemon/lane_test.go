@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 )
 
 var errEnd = errors.New("the end of the script")
@@ -270,7 +272,7 @@ func TestMissedOutsideOfLane(t *testing.T) {
 func TestTickAllocatesNothing(t *testing.T) {
 	c := &scriptClock{now: time.Second}
 	l := &lane{clock: c, epoch: c.now}
-	k := &keeper{monitor: &quietMonitor{}, memory: &coldMemory{shared: true}}
+	k := &keeper{monitor: &quietMonitor{}, attached: integrity.StateWatching, memory: &coldMemory{shared: true}}
 	k.job = newJob(time.Millisecond, &k.account, k.tick)
 	k.job.next = c.now
 	l.jobs = []*job{k.job}

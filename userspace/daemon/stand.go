@@ -228,7 +228,7 @@ func (k *keeper) take(ctx context.Context, findings []integrity.Finding, err err
 			return outcomeNone // WatchItems has it looked at again
 		}
 	case result != outcomeNone:
-	case k.monitor.State() != integrity.StateWatching:
+	case k.monitor.State() != k.attached:
 		result = outcomeChanged
 	default:
 		k.report(ctx)

@@ -23,17 +23,22 @@ type Record struct {
 // State says how far the watch of a VM is.
 type State string
 
-// States of a VM's watch.
+// States of a VM's watch; the first three are those of an integrity.Monitor.
 const (
 	// StateWaiting: the guest cannot be read yet (it has not set up its
 	// tables, or its vCPUs have never run); asked again at a slower pace.
 	StateWaiting State = "waiting"
+	// StateRegisters: the guest's memory cannot be read, encrypted or gone, and
+	// Reason says why; its registers are checked as those of others. All of it
+	// is as soon as it can be read.
+	StateRegisters State = "registers"
 	// StateWatching: it is checked, in poll mode by every tick, in watch mode
 	// by the module and whenever that says so.
 	StateWatching State = "watching"
 	// StateFailing: it was watched, and now its ticks fail.
 	StateFailing State = "failing"
-	// StateProtected: its state is encrypted; nothing can be checked.
+	// StateProtected: its registers are encrypted, as its memory is; nothing
+	// can be checked.
 	StateProtected State = "protected"
 )
 

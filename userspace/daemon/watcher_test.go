@@ -373,12 +373,50 @@ func TestProtected(t *testing.T) {
 		r := newRig(t, h, dir, nil)
 		settleDown()
 		for id := kvmaccess.VMID(1); id <= 2; id++ {
-			if s := r.status(id); s.State != StateProtected || s.Reason == "" {
+			if s := r.status(id); s.State != StateProtected || s.Reason != encrypted {
 				t.Errorf("%+v", s)
 			}
 		}
 		r.stop()
 	})
+}
+
+// A guest whose memory cannot be read has its registers checked, and that is
+// said, until it can.
+func TestRegisters(t *testing.T) {
+	for _, mode := range []Mode{ModePoll, ModeWatch} {
+		daemonTest(t, func(t *testing.T, h *fakeHost, dir string) {
+			g := h.start(1, 10, "web", func(g *fakeGuest) { g.blind, g.again = true, time.Second })
+			r := newRig(t, h, dir, func(c *Config) { c.Mode = mode })
+			defer r.stop()
+			settleDown()
+			state := func(want State, reason string) VMStatus {
+				t.Helper()
+				s := r.status(1)
+				if s.State != want || s.Reason != reason {
+					t.Errorf("%s: %+v", mode, s)
+				}
+				return s
+			}
+			before := state(StateRegisters, "no memory")
+			if before.Baseline == nil || mode == ModeWatch && before.Watch.Items != 1 {
+				t.Errorf("%s: %+v", mode, before)
+			}
+			g.set(func(g *fakeGuest) { g.value = 6 })
+			settleDown()
+			r.found(is6)
+			if after := state(StateRegisters, "no memory"); after.Ticks == before.Ticks || after.Missed != before.Missed {
+				t.Errorf("%s: %+v, then %+v", mode, before, after)
+			}
+			g.set(func(g *fakeGuest) { g.blind = false })
+			settleDown()
+			state(StateWatching, "")
+			g.set(func(g *fakeGuest) { g.value, g.blind = 1, true })
+			settleDown()
+			r.found(is6, is1)
+			state(StateRegisters, "no memory")
+		})
+	}
 }
 
 // Reads of one VM that take long do not delay another VM's ticks.

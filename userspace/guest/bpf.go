@@ -19,12 +19,12 @@ type BPF struct {
 
 // BPFProgram is a struct bpf_prog: a program that was loaded (include/linux/bpf.h).
 type BPFProgram struct {
-	Object uint64 `json:"object"` // address of the struct
-	ID     uint64 `json:"id"`
-	Name   string `json:"name,omitempty"` // as its loader chose it, at most 15 characters
-	Type   uint64 `json:"type"`           // BPF_PROG_TYPE_*; see BPFType
-	Tag    string `json:"tag"`            // of its instructions, 16 hexadecimal digits
-	Length uint64 `json:"length"`         // instructions of 8 bytes
+	Object uint64  `json:"object"` // address of the struct
+	ID     uint64  `json:"id"`
+	Name   string  `json:"name,omitempty"` // as its loader chose it, at most 15 characters
+	Type   BPFType `json:"type"`
+	Tag    string  `json:"tag"`    // of its instructions, 16 hexadecimal digits
+	Length uint64  `json:"length"` // instructions of 8 bytes
 
 	// Func is what runs: the start of the machine code, or a function of the
 	// kernel that interprets the program.
@@ -96,13 +96,20 @@ var bpfTypes = strings.Fields(`unspec socket_filter kprobe sched_cls sched_act t
 	cgroup_sock_addr lwt_seg6local lirc_mode2 sk_reuseport flow_dissector cgroup_sysctl
 	raw_tracepoint_writable cgroup_sockopt tracing struct_ops ext lsm sk_lookup syscall netfilter`)
 
-// BPFType names a BPF_PROG_TYPE_*, as bpftool(8) does.
-func BPFType(t uint64) string {
-	if t < uint64(len(bpfTypes)) {
+// BPFType is a BPF_PROG_TYPE_*.
+type BPFType uint64
+
+// String names it as bpftool(8) does, or gives the number of one that has no
+// name here.
+func (t BPFType) String() string {
+	if t < BPFType(len(bpfTypes)) {
 		return bpfTypes[t]
 	}
-	return fmt.Sprintf("type %d", t)
+	return fmt.Sprintf("type %d", uint64(t))
 }
+
+// MarshalText implements encoding.TextMarshaler with String's words.
+func (t BPFType) MarshalText() ([]byte, error) { return []byte(t.String()), nil }
 
 // BPF reads what is loaded of eBPF. What could be read is returned beside an
 // error; each error names its object.
@@ -146,7 +153,7 @@ func (k *Kernel) bpfProgram(ctx context.Context, id, at uint64) (*BPFProgram, er
 	var aux, jited, size uint64
 	r := reader{o: o}
 	r.uint("aux", &aux)
-	r.uint("type", &p.Type)
+	r.uint("type", (*uint64)(&p.Type))
 	r.uint("len", &p.Length)
 	r.uint("bpf_func", &p.Func)
 	r.uint("jited", &jited)

@@ -315,8 +315,8 @@ func TestBPFEqualsSyscall(t *testing.T) {
 			if p.Name != f["name"] || p.Tag != tag || p.Length*8 != xlated {
 				t.Errorf("program %+v, want %s", p, line)
 			}
-			if kind := strings.ReplaceAll(BPFType(p.Type), "_", ""); !strings.EqualFold(kind, f["type"]) && f["type"] != "CGroupSKB" {
-				t.Errorf("program %d is a %s, want %s", p.ID, BPFType(p.Type), f["type"])
+			if kind := strings.ReplaceAll(p.Type.String(), "_", ""); !strings.EqualFold(kind, f["type"]) && f["type"] != "CGroupSKB" {
+				t.Errorf("program %d is a %s, want %s", p.ID, p.Type, f["type"])
 			}
 			addrs := strings.Fields(strings.Trim(f["addrs"], "[]"))
 			if got := fmt.Sprintf("%x", p.Func); p.Jited && len(addrs) == 1 && got != addrs[0] {
@@ -689,13 +689,13 @@ func TestBranch(t *testing.T) {
 		if got == nil {
 			continue
 		}
-		if to, ok := BranchTarget(tt.at, got); to != tt.to || !ok {
-			t.Errorf("BranchTarget(% x) = %#x, %v, want %#x", got, to, ok, tt.to)
+		if to, ok := branchTarget(tt.at, got); to != tt.to || !ok {
+			t.Errorf("branchTarget(% x) = %#x, %v, want %#x", got, to, ok, tt.to)
 		}
 	}
 	for _, code := range [][]byte{nil, {0xe8, 0, 0, 0}, {0xeb}, {0x90, 0, 0, 0, 0, 0}, {0x0f, 0x84, 0, 0, 0}} {
-		if to, ok := BranchTarget(0x1000, code); ok {
-			t.Errorf("BranchTarget(% x) = %#x", code, to)
+		if to, ok := branchTarget(0x1000, code); ok {
+			t.Errorf("branchTarget(% x) = %#x", code, to)
 		}
 	}
 }

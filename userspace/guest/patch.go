@@ -68,9 +68,9 @@ func branch8(at, target uint64) []byte {
 	return []byte{opcodeJmp8, byte(distance)}
 }
 
-// BranchTarget is where the jump or call at the start of code goes, which
+// branchTarget is where the jump or call at the start of code goes, which
 // lies at at: jmp and call of 5 bytes, jmp of 2, jcc of 6.
-func BranchTarget(at uint64, code []byte) (uint64, bool) {
+func branchTarget(at uint64, code []byte) (uint64, bool) {
 	switch {
 	case len(code) >= 5 && (code[0] == opcodeCall || code[0] == opcodeJmp32):
 		return at + 5 + uint64(int64(int32(binary.LittleEndian.Uint32(code[1:])))), true
@@ -134,7 +134,7 @@ func (p *Patch) fits(code []byte) (int, bool) {
 		}
 	}
 	if len(p.Cond) > 0 && conditional(code) {
-		if to, _ := BranchTarget(p.Address, code); slices.Contains(p.Cond, to) {
+		if to, _ := branchTarget(p.Address, code); slices.Contains(p.Cond, to) {
 			return 6, true
 		}
 	}

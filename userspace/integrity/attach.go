@@ -6,9 +6,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
@@ -40,7 +40,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 	g.IDT = m.leader.state.IDTR
 	idt, err := m.fetch(ctx, m.leader.state.IDTR.Base, idtLength(g, m.leader.state.IDTR))
 	if err != nil {
-		return m.unreadable("the interrupt table", err)
+		return m.unreadable(ctx, "the interrupt table", err)
 	}
 	gates := guest.ParseIDT(idt, g.Mode.Long())
 	if !complete(gates) {
@@ -86,7 +86,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 			}
 		}
 		if err != nil {
-			return m.unreadable("the kernel's page tables", err)
+			return m.unreadable(ctx, "the kernel's page tables", err)
 		}
 		m.isolated = m.isolated || root != g.Mode.RootOf(m.leader.state.CR3)
 		m.root = root
@@ -105,7 +105,7 @@ func (m *Monitor) attach(ctx context.Context) error {
 		gdt, err := m.fetch(ctx, m.leader.state.GDTR.Base, min(uint32(m.leader.state.GDTR.Limit)+1, maxGDT))
 		g.Linux = err == nil && looksLinux(gdt, g.Mode.Long())
 		if !g.Linux {
-			m.problem("the guest does not look like Linux: it is compared with the baseline only")
+			m.problem(notLinux)
 		}
 	}
 	if slices.ContainsFunc(m.cpus, func(c *cpu) bool { return c.state.Flags&kvmaccess.VCPUPartial != 0 }) {
@@ -115,7 +115,8 @@ func (m *Monitor) attach(ctx context.Context) error {
 	m.findRanges()
 	boot := m.witness(ctx)
 	m.rebase(ctx, gates, boot)
-	m.boot = boot
+	m.boot, m.restarts = boot, false
+	m.readable()
 
 	if m.code != nil {
 		if c, err := m.newCode(); err == nil && c.key == m.code.key {
@@ -154,12 +155,12 @@ func (m *Monitor) fetch(ctx context.Context, gva uint64, n uint32) ([]byte, erro
 	return p, guest.ReadVirtual(ctx, m.mem, m.g.Mode, m.root, gva, p)
 }
 
-// unreadable waits if the guest does not have what it should yet, or the host
-// not at hand, and hands on an error of a VM that cannot be read at all.
-func (m *Monitor) unreadable(what string, err error) error {
-	if guestError(err) || errors.Is(err, kvmaccess.ErrNotResident) || errors.Is(err, kvmaccess.ErrUnsettled) || errors.Is(err, kvmaccess.ErrProtected) {
-		m.wait(fmt.Sprintf("%s cannot be read: %v", what, err))
-		return nil
+// unreadable sees to what is left if the guest does not have what it should
+// yet, or any more, or the host not at hand, and hands on an error of a VM that
+// cannot be read at all.
+func (m *Monitor) unreadable(ctx context.Context, what string, err error) error {
+	if unreadableError(err) {
+		return m.watchRegistersOnly(ctx, fmt.Sprintf("%s cannot be read: %v", what, err))
 	}
 	m.wait("reading failed")
 	return fmt.Errorf("guest %v: %s: %w", m.vm, what, err)
@@ -296,15 +297,20 @@ func (m *Monitor) booted(ctx context.Context, idt []byte) bool {
 	for _, c := range m.cpus {
 		fmt.Fprintf(h, "%v %v", c.ready, c.watch)
 	}
-	now := m.now()
-	if sum := [32]byte(h.Sum(nil)); sum != m.seen || m.settling.IsZero() {
-		m.seen, m.settling = sum, now
-	}
-	if now.Sub(m.settling) < m.opts.Settle {
+	if !m.stays([32]byte(h.Sum(nil)), m.opts.Settle) {
 		m.wait("no symbols tell whether the guest has booted: waiting until it write-protects its kernel, runs a program, or stays the same")
 		return false
 	}
 	return true
+}
+
+// stays says whether what sum is of has stayed the same for so long.
+func (m *Monitor) stays(sum [32]byte, limit time.Duration) bool {
+	now := m.now()
+	if sum != m.seen || m.settling.IsZero() {
+		m.seen, m.settling = sum, now
+	}
+	return now.Sub(m.settling) >= limit
 }
 
 // userMode says whether a vCPU runs a program, which it does not before the
@@ -428,17 +434,26 @@ func (m *Monitor) rebase(ctx context.Context, gates []guest.Gate, boot Hex) {
 	const fewest = 8
 	again := delta != 0 || boot != 0 && m.boot != 0 && boot != m.boot
 	switch {
-	case of < fewest: // the IDT was not checked: nothing to compare
-		return
+	case of < fewest: // the baseline has no interrupt table
+		m.rebaseRegisters()
 	case !found, again && !m.sameSyscalls(ctx, delta):
-		m.items = map[itemKey]*tracked{}
-		m.based = false
-		m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
-			Message: fmt.Sprintf("guest %v runs another kernel than its baseline is of: a new baseline was taken", m.vm)})
-		return
-	case !again:
-		return
+		m.dropBaseline()
+	case again:
+		m.moveBaseline(delta)
 	}
+}
+
+// dropBaseline begins anew with another kernel.
+func (m *Monitor) dropBaseline() {
+	m.items = map[itemKey]*tracked{}
+	m.based = false
+	m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
+		Message: fmt.Sprintf("guest %v runs another kernel than its baseline is of: a new baseline was taken", m.vm)})
+}
+
+// moveBaseline goes on with the same kernel, another boot of it, delta bytes
+// higher.
+func (m *Monitor) moveBaseline(delta uint64) {
 	for _, t := range m.items {
 		if t.base == nil {
 			continue
@@ -528,7 +543,7 @@ func (m *Monitor) layout() {
 		votes[c.state.IDTR]++
 	}
 	if m.leader == nil {
-		m.wait(restarts)
+		m.wait(notRunning)
 		return
 	}
 	m.status.VCPUs = len(g.CPUs)
@@ -544,6 +559,9 @@ func (m *Monitor) layout() {
 	index := map[kvmaccess.Range]int{}
 	for _, check := range m.checks {
 		for _, o := range check.Objects(g) {
+			if o.Memory.Length > 0 && m.status.State == StateRegisters {
+				continue
+			}
 			obj := object{Object: o, check: check.Name(), index: -1, dirty: true}
 			for _, c := range m.cpus {
 				if c.state.ID == o.CPU {

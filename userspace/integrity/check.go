@@ -97,6 +97,9 @@ type Guest struct {
 	HavePinned bool
 }
 
+// notLinux is what there is to say of a guest of which nothing is expected.
+const notLinux = "the guest does not look like Linux: it is compared with the baseline only"
+
 // value describes a running address.
 func (g *Guest) value(addr uint64) Value {
 	v := Value{Value: Hex(addr)}

@@ -16,7 +16,7 @@ import (
 func (m *Monitor) evaluate(ctx context.Context) error {
 	if !m.attaching && (m.restarted() || m.left(ctx)) {
 		if m.g.Kernel != nil {
-			m.wait(restarts) // finding a kernel takes longer than a tick may
+			m.wait(notRunning) // finding a kernel takes longer than a tick may
 			m.scanned = time.Time{}
 			return nil
 		}

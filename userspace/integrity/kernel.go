@@ -59,7 +59,7 @@ func (m *Monitor) findKernel(ctx context.Context) (bool, error) {
 		m.wait(err.Error())
 		return false, nil
 	case errors.Is(err, kvmaccess.ErrNotResident), errors.Is(err, kvmaccess.ErrUnsettled):
-		return false, m.unreadable("the kernel", err)
+		return false, m.unreadable(ctx, "the kernel", err)
 	case errors.Is(err, guest.ErrNoTables) && m.again():
 		m.wait(err.Error())
 		return false, nil
@@ -69,7 +69,7 @@ func (m *Monitor) findKernel(ctx context.Context) (bool, error) {
 	case isAny(err, guest.ErrNotLinux, guest.Err32Bit, guest.ErrNoMemory), guestError(err):
 		m.withoutSymbols(err)
 	default:
-		return false, m.unreadable("the kernel", err)
+		return false, m.unreadable(ctx, "the kernel", err)
 	}
 	return true, nil
 }

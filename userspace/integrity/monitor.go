@@ -56,6 +56,10 @@ const (
 	// up (it is in firmware, in a boot loader or in early boot), or cannot be
 	// read; Status.Reason tells. There are no findings then.
 	StateWaiting State = "waiting"
+	// StateRegisters: there is a baseline of registers, and every Tick compares
+	// these. Memory cannot be read, encrypted or gone; Status.Reason tells. As
+	// soon as it can, all is attached to.
+	StateRegisters State = "registers"
 	// StateWatching: there is a baseline and every Tick compares with it.
 	StateWatching State = "watching"
 )
@@ -63,7 +67,7 @@ const (
 // Status is how a Monitor fares.
 type Status struct {
 	State   State  `json:"state"`
-	Reason  string `json:"reason,omitempty"` // why it waits
+	Reason  string `json:"reason,omitempty"` // why it waits, or has registers only
 	Symbols int    `json:"symbols"`          // in use; 0: there are none
 	Slide   Hex    `json:"slide"`            // of the running kernel against the symbols
 	// Kernel is the guest's, as it says itself; nil: it was not found in the
@@ -119,6 +123,8 @@ type Monitor struct {
 	accepted []Accepted
 
 	attaching bool
+	unread    unread
+	restarts  bool // the kernel was seen not to run, since it was attached to
 
 	// Settling of a guest without symbols.
 	settling time.Time
@@ -145,30 +151,6 @@ type cpu struct {
 	dirty   bool // watch differs from what the items were made of
 }
 
-// watched are the registers that make items, without the bits that do not.
-type watched struct {
-	cr0, cr4, efer                           uint64
-	star, lstar, cstar, sfmask               uint64
-	sysenterCS, sysenterESP, sysenterEIP, tr uint64
-	gdtr, idtr                               kvmaccess.TableRegister
-	trSelector                               uint16
-}
-
-const (
-	watchedCR0  = guest.CR0PE | guest.CR0WP | guest.CR0PG
-	watchedCR4  = guest.CR4PAE | guest.CR4LA57 | guest.CR4SMEP | guest.CR4SMAP | guest.CR4UMIP | guest.CR4FSGSBASE | guest.CR4CET
-	watchedEFER = guest.EFERSCE | guest.EFERLMA | guest.EFERNXE
-)
-
-func watch(v *kvmaccess.VCPU) watched {
-	return watched{
-		cr0: v.CR0 & watchedCR0, cr4: v.CR4 & watchedCR4, efer: v.EFER & watchedEFER,
-		star: v.STAR, lstar: v.LSTAR, cstar: v.CSTAR, sfmask: v.SFMASK,
-		sysenterCS: v.SysenterCS, sysenterESP: v.SysenterESP, sysenterEIP: v.SysenterEIP,
-		tr: v.TR.Base, trSelector: v.TR.Selector, gdtr: v.GDTR, idtr: v.IDTR,
-	}
-}
-
 // object is an Object in its place in the Monitor.
 type object struct {
 	Object
@@ -185,8 +167,8 @@ type tracked struct {
 	open *Finding // holds now
 }
 
-// restarts is why a Monitor waits that has watched.
-const restarts = "the kernel does not run any more: the guest restarts or is being shut down"
+// notRunning is why a Monitor waits that has watched.
+const notRunning = "the kernel does not run any more: the guest restarts or is being shut down"
 
 const (
 	rescanEvery    = 10 * time.Second
@@ -293,7 +275,12 @@ func (m *Monitor) Tick(ctx context.Context) ([]Finding, error) {
 	if err != nil {
 		return nil, err
 	}
-	if m.g == nil { // the guest restarts
+	if m.g != nil {
+		if err := m.probe(ctx, now); err != nil {
+			return nil, err
+		}
+	}
+	if m.g == nil { // the guest restarts, or is to be attached to anew
 		return m.flush(), nil
 	}
 	if layout {
@@ -364,7 +351,8 @@ func (m *Monitor) capture(ctx context.Context, now time.Time) (layout, dirty boo
 	// The first vCPU runs the kernel from boot to shutdown; it is reset before
 	// or after the others.
 	if ready == 0 || !m.cpus[0].ready {
-		m.wait(restarts)
+		m.wait(notRunning)
+		m.restarts = true
 	}
 	return layout, dirty, nil
 }
@@ -376,7 +364,7 @@ func (c *cpu) update(state kvmaccess.VCPU, now time.Time) (layout, dirty bool) {
 	}
 	w := watch(&state)
 	same := w == c.watch
-	moved := w.gdtr != c.watch.gdtr || w.idtr != c.watch.idtr
+	moved := state.GDTR != c.state.GDTR || state.IDTR != c.state.IDTR
 	c.state, c.watch = state, w
 	ready := readyReason(&state) == ""
 	if ready != c.ready {
@@ -567,6 +555,12 @@ func guestError(err error) bool {
 // read.
 func rangeError(err error) bool {
 	return guestError(err) || errors.Is(err, kvmaccess.ErrNotResident) || errors.Is(err, kvmaccess.ErrUnsettled)
+}
+
+// unreadableError says whether memory cannot be read for a reason that its
+// registers do not share.
+func unreadableError(err error) bool {
+	return rangeError(err) || errors.Is(err, kvmaccess.ErrProtected)
 }
 
 // wait gives up what is known of the guest until it is up again.

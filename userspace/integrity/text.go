@@ -127,8 +127,11 @@ type TextLook struct {
 // ErrTextWritable says that the kernel may still boot: it writes what it will
 // not later on.
 func (m *Monitor) StartText(ctx context.Context, d *kvmaccess.Digester) (*TextLook, error) {
-	if m.g == nil || m.status.State != StateWatching {
+	switch {
+	case m.g == nil:
 		return nil, nil
+	case m.status.State == StateRegisters:
+		return nil, fmt.Errorf("%w: %s", ErrNoText, m.unread.reason)
 	}
 	c, err := m.newCode()
 	if err != nil {

@@ -70,28 +70,58 @@ type WatchList struct {
 // unseenAgain is how soon a Monitor is to try again what it could not read.
 const unseenAgain = retryEvery
 
-// watchedRegisters are those of type watched.
-var watchedRegisters = []struct {
-	register kvmaccess.Register
-	mask     uint64
-	of       func(w *watched) uint64
-}{
-	{kvmaccess.RegisterCR0, watchedCR0, func(w *watched) uint64 { return w.cr0 }},
-	{kvmaccess.RegisterCR4, watchedCR4, func(w *watched) uint64 { return w.cr4 }},
-	{kvmaccess.RegisterEFER, watchedEFER, func(w *watched) uint64 { return w.efer }},
-	{kvmaccess.RegisterGDTRBase, 0, func(w *watched) uint64 { return w.gdtr.Base }},
-	{kvmaccess.RegisterGDTRLimit, 0, func(w *watched) uint64 { return uint64(w.gdtr.Limit) }},
-	{kvmaccess.RegisterIDTRBase, 0, func(w *watched) uint64 { return w.idtr.Base }},
-	{kvmaccess.RegisterIDTRLimit, 0, func(w *watched) uint64 { return uint64(w.idtr.Limit) }},
-	{kvmaccess.RegisterTRBase, 0, func(w *watched) uint64 { return w.tr }},
-	{kvmaccess.RegisterTRSelector, 0, func(w *watched) uint64 { return uint64(w.trSelector) }},
-	{kvmaccess.RegisterSTAR, 0, func(w *watched) uint64 { return w.star }},
-	{kvmaccess.RegisterLSTAR, 0, func(w *watched) uint64 { return w.lstar }},
-	{kvmaccess.RegisterCSTAR, 0, func(w *watched) uint64 { return w.cstar }},
-	{kvmaccess.RegisterSFMASK, 0, func(w *watched) uint64 { return w.sfmask }},
-	{kvmaccess.RegisterSysenterCS, 0, func(w *watched) uint64 { return w.sysenterCS }},
-	{kvmaccess.RegisterSysenterESP, 0, func(w *watched) uint64 { return w.sysenterESP }},
-	{kvmaccess.RegisterSysenterEIP, 0, func(w *watched) uint64 { return w.sysenterEIP }},
+// WatchedRegister is a register that a kernel loads once on each vCPU.
+type WatchedRegister struct {
+	Register kvmaccess.Register
+	Mask     uint64 // the bits that it leaves as they are then; 0: all
+}
+
+var watchedRegisters = [...]WatchedRegister{
+	{kvmaccess.RegisterCR0, guest.CR0PE | guest.CR0WP | guest.CR0PG},
+	{kvmaccess.RegisterCR4, guest.CR4PAE | guest.CR4LA57 | guest.CR4SMEP | guest.CR4SMAP | guest.CR4UMIP | guest.CR4FSGSBASE | guest.CR4CET},
+	{kvmaccess.RegisterEFER, guest.EFERSCE | guest.EFERLMA | guest.EFERNXE},
+	{kvmaccess.RegisterGDTRBase, 0},
+	{kvmaccess.RegisterGDTRLimit, 0},
+	{kvmaccess.RegisterIDTRBase, 0},
+	{kvmaccess.RegisterIDTRLimit, 0},
+	{kvmaccess.RegisterTRBase, 0},
+	{kvmaccess.RegisterTRSelector, 0},
+	{kvmaccess.RegisterSTAR, 0},
+	{kvmaccess.RegisterLSTAR, 0},
+	{kvmaccess.RegisterCSTAR, 0},
+	{kvmaccess.RegisterSFMASK, 0},
+	{kvmaccess.RegisterSysenterCS, 0},
+	{kvmaccess.RegisterSysenterESP, 0},
+	{kvmaccess.RegisterSysenterEIP, 0},
+}
+
+// WatchedRegisters returns those that a Monitor watches.
+func WatchedRegisters() []WatchedRegister {
+	return watchedRegisters[:len(watchedRegisters):len(watchedRegisters)]
+}
+
+// Item has the module compare the register with what it is in r.
+func (w WatchedRegister) Item(r *kvmaccess.Registers) kvmaccess.Item {
+	return kvmaccess.Item{Kind: kvmaccess.KindRegister, Register: w.Register, Value: w.of(r), Mask: w.Mask}
+}
+
+// of is the register's value in r, without the bits that change.
+func (w WatchedRegister) of(r *kvmaccess.Registers) uint64 {
+	v := r.Get(w.Register)
+	if w.Mask != 0 {
+		v &= w.Mask
+	}
+	return v
+}
+
+// watched are the values of watchedRegisters.
+type watched [len(watchedRegisters)]uint64
+
+func watch(v *kvmaccess.VCPU) (w watched) {
+	for i, r := range watchedRegisters {
+		w[i] = r.of(&v.Registers)
+	}
+	return w
 }
 
 // WatchItems lists what the module is to compare now: all registers and memory
@@ -102,15 +132,18 @@ var watchedRegisters = []struct {
 func (m *Monitor) WatchItems(ctx context.Context) (WatchList, error) {
 	var list WatchList
 	m.places = m.places[:0]
-	if m.g == nil || m.status.State != StateWatching {
+	if m.g == nil {
 		return list, nil
 	}
 	list.Items = m.watchRegisters()
 	if err := m.watchMemory(ctx, &list); err != nil {
 		return WatchList{}, err
 	}
-	if m.unseen {
+	switch {
+	case m.unseen:
 		list.Again = unseenAgain
+	case m.status.State == StateRegisters:
+		list.Again = m.unread.every
 	}
 	for _, c := range m.cpus {
 		if c.ready && !c.settled {
@@ -125,23 +158,21 @@ func (m *Monitor) WatchItems(ctx context.Context) (WatchList, error) {
 // that they change says that one comes up.
 func (m *Monitor) watchRegisters() []WatchItem {
 	var items []WatchItem
-	for _, r := range watchedRegisters {
+	for i, r := range watchedRegisters {
 		same := true
 		for _, c := range m.cpus {
-			same = same && c.ready && r.of(&c.watch) == r.of(&m.cpus[0].watch)
+			same = same && c.ready && c.watch[i] == m.cpus[0].watch[i]
 		}
 		for _, c := range m.cpus {
 			if c.watch == (watched{}) {
 				continue // with a nested guest since it was first seen
 			}
-			it := WatchItem{Item: kvmaccess.Item{
-				Kind: kvmaccess.KindRegister, Register: r.register, Value: r.of(&c.watch), Mask: r.mask,
-			}, What: r.register.String()}
+			it := WatchItem{Item: r.Item(&c.state.Registers), What: r.Register.String()}
 			if same {
 				items = append(items, it)
 				break
 			}
-			it.VCPU, it.What = ref(c.state.ID), fmt.Sprintf("%v of vCPU %d", r.register, c.state.ID)
+			it.VCPU, it.What = ref(c.state.ID), fmt.Sprintf("%v of vCPU %d", r.Register, c.state.ID)
 			items = append(items, it)
 		}
 	}
@@ -273,7 +304,7 @@ func (e tableEntry) item(what string) WatchItem {
 // says, which the Tick that followed did not see any more, and returns what is
 // to be said of that. The next Tick sees the guest as it is.
 func (m *Monitor) See(ctx context.Context, e kvmaccess.WatchEvent) ([]Finding, error) {
-	if m.g == nil || m.status.State != StateWatching || e.State != kvmaccess.StateDifferent {
+	if m.g == nil || e.State != kvmaccess.StateDifferent {
 		return nil, nil
 	}
 	layout, changed := false, false
@@ -284,7 +315,7 @@ func (m *Monitor) See(ctx context.Context, e kvmaccess.WatchEvent) ([]Finding, e
 				continue
 			}
 			state := c.state
-			if setRegister(&state, e.Register, binary.LittleEndian.Uint64(e.Data)) {
+			if state.Set(e.Register, binary.LittleEndian.Uint64(e.Data)) {
 				layout, changed = c.update(state, m.now())
 			}
 		}
@@ -327,45 +358,4 @@ func (m *Monitor) seeBytes(gpa uint64, data []byte) (changed bool) {
 		}
 	}
 	return changed
-}
-
-// setRegister returns false for a register that makes no item.
-func setRegister(v *kvmaccess.VCPU, r kvmaccess.Register, value uint64) bool {
-	switch r {
-	case kvmaccess.RegisterCR0:
-		v.CR0 = value
-	case kvmaccess.RegisterCR4:
-		v.CR4 = value
-	case kvmaccess.RegisterEFER:
-		v.EFER = value
-	case kvmaccess.RegisterGDTRBase:
-		v.GDTR.Base = value
-	case kvmaccess.RegisterGDTRLimit:
-		v.GDTR.Limit = uint16(value)
-	case kvmaccess.RegisterIDTRBase:
-		v.IDTR.Base = value
-	case kvmaccess.RegisterIDTRLimit:
-		v.IDTR.Limit = uint16(value)
-	case kvmaccess.RegisterTRBase:
-		v.TR.Base = value
-	case kvmaccess.RegisterTRSelector:
-		v.TR.Selector = uint16(value)
-	case kvmaccess.RegisterSTAR:
-		v.STAR = value
-	case kvmaccess.RegisterLSTAR:
-		v.LSTAR = value
-	case kvmaccess.RegisterCSTAR:
-		v.CSTAR = value
-	case kvmaccess.RegisterSFMASK:
-		v.SFMASK = value
-	case kvmaccess.RegisterSysenterCS:
-		v.SysenterCS = value
-	case kvmaccess.RegisterSysenterESP:
-		v.SysenterESP = value
-	case kvmaccess.RegisterSysenterEIP:
-		v.SysenterEIP = value
-	default:
-		return false
-	}
-	return true
 }

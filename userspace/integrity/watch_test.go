@@ -19,45 +19,6 @@ import (
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 )
 
-// registerOf is the value of a register that can be watched.
-func registerOf(v *kvmaccess.VCPU, r kvmaccess.Register) uint64 {
-	switch r {
-	case kvmaccess.RegisterCR0:
-		return v.CR0
-	case kvmaccess.RegisterCR4:
-		return v.CR4
-	case kvmaccess.RegisterEFER:
-		return v.EFER
-	case kvmaccess.RegisterGDTRBase:
-		return v.GDTR.Base
-	case kvmaccess.RegisterGDTRLimit:
-		return uint64(v.GDTR.Limit)
-	case kvmaccess.RegisterIDTRBase:
-		return v.IDTR.Base
-	case kvmaccess.RegisterIDTRLimit:
-		return uint64(v.IDTR.Limit)
-	case kvmaccess.RegisterTRBase:
-		return v.TR.Base
-	case kvmaccess.RegisterTRSelector:
-		return uint64(v.TR.Selector)
-	case kvmaccess.RegisterSTAR:
-		return v.STAR
-	case kvmaccess.RegisterLSTAR:
-		return v.LSTAR
-	case kvmaccess.RegisterCSTAR:
-		return v.CSTAR
-	case kvmaccess.RegisterSFMASK:
-		return v.SFMASK
-	case kvmaccess.RegisterSysenterCS:
-		return v.SysenterCS
-	case kvmaccess.RegisterSysenterESP:
-		return v.SysenterESP
-	case kvmaccess.RegisterSysenterEIP:
-		return v.SysenterEIP
-	}
-	panic(r)
-}
-
 // differing compares items with the guest, by the contract of the module
 // (kmod/uapi/kvmaccess.h, "Watches"), and returns the events that it would send.
 func (w *world) differing(list WatchList) []kvmaccess.WatchEvent {
@@ -75,7 +36,7 @@ func (w *world) differing(list WatchList) []kvmaccess.WatchEvent {
 				if it.VCPU != nil && *it.VCPU != w.CPUs[i].ID {
 					continue
 				}
-				if value := registerOf(&w.CPUs[i], it.Register); value&mask != it.Value {
+				if value := w.CPUs[i].Get(it.Register); value&mask != it.Value {
 					e.VCPU, e.Data = w.CPUs[i].ID, binary.LittleEndian.AppendUint64(nil, value)
 					events = append(events, e)
 				}

@@ -539,39 +539,42 @@ func TestAttachLiar(t *testing.T) {
 	}
 }
 
+// gates gives the first vCPU of a guest an interrupt table at an address where
+// kernels have theirs, all of its gates to one handler, which lies in that page
+// or the next. Flags are those of the two pages: EntryWrite or none.
+func gates(t *testing.T, g *tinyvm.Guest, at, handler uint64, size int, flags uint64) {
+	t.Helper()
+	const table = tinyvm.DefaultMemory - 0x2000
+	if err := g.Tables.Map(at, table, 0x2000, tinyvm.Page4K, flags); err != nil {
+		t.Fatal(err)
+	}
+	page := make([]byte, 256*size)
+	for i := range 256 {
+		gate := page[i*size:]
+		binary.LittleEndian.PutUint16(gate, uint16(handler))
+		binary.LittleEndian.PutUint16(gate[2:], 8)
+		binary.LittleEndian.PutUint16(gate[4:], 0x8e00)
+		binary.LittleEndian.PutUint16(gate[6:], uint16(handler>>16))
+		if size == 16 {
+			binary.LittleEndian.PutUint32(gate[8:], uint32(handler>>32))
+		}
+	}
+	if err := g.Write(table, page); err != nil {
+		t.Fatal(err)
+	}
+	s, err := g.VCPUs[0].SRegs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.IDT = tinyvm.Table{Base: at, Limit: uint16(len(page) - 1)}
+	if err := g.VCPUs[0].SetSRegs(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // What is no 64-bit Linux, or nothing yet, is told as what it is.
 func TestAttachStrangers(t *testing.T) {
 	c, k := newClient(t), openKVM(t)
-	// A page of gates at an address where other kernels have theirs.
-	gates := func(t *testing.T, g *tinyvm.Guest, at, handler uint64, size int) {
-		t.Helper()
-		const table = tinyvm.DefaultMemory - 0x2000
-		if err := g.Tables.Map(at, table, 0x2000, tinyvm.Page4K, tinyvm.EntryWrite); err != nil {
-			t.Fatal(err)
-		}
-		page := make([]byte, 256*size)
-		for i := range 256 {
-			gate := page[i*size:]
-			binary.LittleEndian.PutUint16(gate, uint16(handler))
-			binary.LittleEndian.PutUint16(gate[2:], 8)
-			binary.LittleEndian.PutUint16(gate[4:], 0x8e00)
-			binary.LittleEndian.PutUint16(gate[6:], uint16(handler>>16))
-			if size == 16 {
-				binary.LittleEndian.PutUint32(gate[8:], uint32(handler>>32))
-			}
-		}
-		if err := g.Write(table, page); err != nil {
-			t.Fatal(err)
-		}
-		s, err := g.VCPUs[0].SRegs()
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.IDT = tinyvm.Table{Base: at, Limit: uint16(len(page) - 1)}
-		if err := g.VCPUs[0].SetSRegs(s); err != nil {
-			t.Fatal(err)
-		}
-	}
 	for _, tt := range []struct {
 		name    string
 		mode    tinyvm.Mode
@@ -598,7 +601,7 @@ func TestAttachStrangers(t *testing.T) {
 				if tt.mode == tinyvm.Long {
 					size = 16
 				}
-				gates(t, g, tt.at, tt.handler, size)
+				gates(t, g, tt.at, tt.handler, size, tinyvm.EntryWrite)
 			}
 			if tt.run {
 				started(t, g)

@@ -25,6 +25,7 @@ import (
 	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/kvmaccess/kvmaccess/userspace/integrity"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
 	"github.com/kvmaccess/kvmaccess/vm-fixtures/tinyvm"
 )
@@ -1128,33 +1129,10 @@ func TestWatchLinux(t *testing.T) {
 	}
 	items := []kvmaccess.Item{{Cookie: 1, Kind: kvmaccess.KindBytes, GPA: pages.GPA, Data: pages.Content()}}
 	for _, v := range vcpus {
-		for _, r := range []struct {
-			register    kvmaccess.Register
-			value, mask uint64
-		}{
-			{kvmaccess.RegisterCR0, v.CR0, 1<<31 | 1<<16 | 1},
-			{kvmaccess.RegisterCR4, v.CR4, 1<<20 | 1<<21 | 1<<5},
-			{kvmaccess.RegisterEFER, v.EFER, 0},
-			{kvmaccess.RegisterGDTRBase, v.GDTR.Base, 0},
-			{kvmaccess.RegisterGDTRLimit, uint64(v.GDTR.Limit), 0},
-			{kvmaccess.RegisterIDTRBase, v.IDTR.Base, 0},
-			{kvmaccess.RegisterIDTRLimit, uint64(v.IDTR.Limit), 0},
-			{kvmaccess.RegisterTRBase, v.TR.Base, 0},
-			{kvmaccess.RegisterTRSelector, uint64(v.TR.Selector), 0},
-			{kvmaccess.RegisterSTAR, v.STAR, 0},
-			{kvmaccess.RegisterLSTAR, v.LSTAR, 0},
-			{kvmaccess.RegisterCSTAR, v.CSTAR, 0},
-			{kvmaccess.RegisterSFMASK, v.SFMASK, 0},
-			{kvmaccess.RegisterSysenterCS, v.SysenterCS, 0},
-			{kvmaccess.RegisterSysenterESP, v.SysenterESP, 0},
-			{kvmaccess.RegisterSysenterEIP, v.SysenterEIP, 0},
-			{kvmaccess.RegisterPAT, v.PAT, 0},
-		} {
-			if r.mask != 0 {
-				r.value &= r.mask
-			}
-			items = append(items, kvmaccess.Item{Cookie: 100*uint64(v.ID) + uint64(r.register), Kind: kvmaccess.KindRegister,
-				Register: r.register, Value: r.value, Mask: r.mask, VCPU: new(v.ID)})
+		for _, r := range integrity.WatchedRegisters() {
+			it := r.Item(&v.Registers)
+			it.Cookie, it.VCPU = 100*uint64(v.ID)+uint64(r.Register), new(v.ID)
+			items = append(items, it)
 		}
 	}
 	watch := newWatch(t, w, vm, kvmaccess.WatchConfig{Period: time.Millisecond}, items...)

@@ -201,6 +201,27 @@ func symbolFile(t *testing.T) string {
 	return path
 }
 
+// registersFile has of the recorded guest, whose kernel can write its read-only
+// memory, the registers.
+func registersFile(t *testing.T) string {
+	t.Helper()
+	m := newFakeModule(t)
+	for i := range m.CPUs {
+		m.CPUs[i].CR0 &^= guest.CR0WP
+	}
+	path := filepath.Join(t.TempDir(), "registers.snapshot")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s := guest.Snapshot{VM: m.VM, CPUs: m.CPUs, Pages: guest.Pages{}}
+	if err := s.Write(f); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
 // hook writes over an entry of a table at a symbol.
 func (m *fakeModule) hook(t *testing.T, symbols, table string, entry int, value uint64) {
 	t.Helper()
@@ -258,11 +279,11 @@ func newTestApp(m *fakeModule) (*app, *bytes.Buffer, *bytes.Buffer) {
 // TestGolden compares what commands print about the recorded guest with
 // testdata/golden; go test -update writes it.
 func TestGolden(t *testing.T) {
-	symbols, whole := symbolFile(t), wholeGuest(t)
+	symbols, whole, registers := symbolFile(t), wholeGuest(t), registersFile(t)
 	inTable := fmt.Sprintf("%#x", addressIn(t, whole, "sys_call_table")+16)
 	for _, tt := range []struct {
 		file string
-		args string // $S is the symbol file, $W the whole guest, $A an address in its system call table
+		args string // $S is the symbol file, $W the whole guest, $R one whose memory is not there, $A an address in its system call table
 		code int
 	}{
 		{"vms.txt", "vms", 0},
@@ -286,6 +307,7 @@ func TestGolden(t *testing.T) {
 		{"check-all.txt", "check -s $S --wait 0s", 1},
 		{"check-dump.txt", "check --dump " + recorded + ".snapshot -s $S", 0},
 		{"check-dump.json", "check --dump " + recorded + ".snapshot -s $S -o json", 0},
+		{"check-registers.txt", "check --dump $R", 1},
 		{"error-dump-baseline.txt", "check --dump " + recorded + ".snapshot --baseline $S", 1},
 		{"error-dump-vm.txt", "check web1 --dump " + recorded + ".snapshot", 1},
 		{"error-baseline-all.txt", "check --baseline $S", 1},
@@ -330,7 +352,7 @@ func TestGolden(t *testing.T) {
 	} {
 		t.Run(tt.file, func(t *testing.T) {
 			a, out, errs := newTestApp(newFakeModule(t))
-			code := a.run(t.Context(), strings.Fields(strings.NewReplacer("$S", symbols, "$W", whole, "$A", inTable).Replace(tt.args)))
+			code := a.run(t.Context(), strings.Fields(strings.NewReplacer("$S", symbols, "$W", whole, "$R", registers, "$A", inTable).Replace(tt.args)))
 			if code != tt.code {
 				t.Errorf("exit code %d, want %d", code, tt.code)
 			}
@@ -340,6 +362,7 @@ func TestGolden(t *testing.T) {
 			}
 			got = strings.ReplaceAll(got, symbols, "$S")
 			got = strings.ReplaceAll(got, whole, "$W")
+			got = strings.ReplaceAll(got, registers, "$R")
 			got = elsewhere.ReplaceAllString(cost.ReplaceAllString(got, "${1}${2}"), "$1")
 			if lines := strings.SplitAfter(got, "\n"); len(lines) > goldenLines {
 				got = strings.Join(lines[:goldenLines], "") + fmt.Sprintf("... and %d lines more\n", len(lines)-1-goldenLines)
