@@ -23,6 +23,7 @@ const (
 	CR4PAE      = 1 << 5
 	CR4UMIP     = 1 << 11
 	CR4LA57     = 1 << 12
+	CR4VMXE     = 1 << 13 // VMs, by Intel's VMX
 	CR4FSGSBASE = 1 << 16
 	CR4PCIDE    = 1 << 17
 	CR4SMEP     = 1 << 20

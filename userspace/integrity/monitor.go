@@ -362,6 +362,7 @@ func (c *cpu) update(state kvmaccess.VCPU, now time.Time) (layout, dirty bool) {
 	if state.Flags&(kvmaccess.VCPUNested|kvmaccess.VCPUSMM) != 0 {
 		return false, false // not the kernel's state; the last one stands
 	}
+	restoreLimits(&state.Registers, &c.state.Registers)
 	w := watch(&state)
 	same := w == c.watch
 	moved := state.GDTR != c.state.GDTR || state.IDTR != c.state.IDTR

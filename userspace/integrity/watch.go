@@ -158,6 +158,7 @@ func (m *Monitor) WatchItems(ctx context.Context) (WatchList, error) {
 // that they change says that one comes up.
 func (m *Monitor) watchRegisters() []WatchItem {
 	var items []WatchItem
+	vms := slices.ContainsFunc(m.cpus, func(c *cpu) bool { return hasVMs(&c.state.Registers) })
 	for i, r := range watchedRegisters {
 		same := true
 		for _, c := range m.cpus {
@@ -168,6 +169,9 @@ func (m *Monitor) watchRegisters() []WatchItem {
 				continue // with a nested guest since it was first seen
 			}
 			it := WatchItem{Item: r.Item(&c.state.Registers), What: r.Register.String()}
+			if vms {
+				loosen(&it.Item)
+			}
 			if same {
 				items = append(items, it)
 				break
