@@ -431,7 +431,7 @@ func (m *Monitor) rebase(ctx context.Context, gates []guest.Gate, boot Hex) {
 	case of < fewest: // the IDT was not checked: nothing to compare
 		return
 	case !found, again && !m.sameSyscalls(ctx, delta):
-		m.items = map[itemKey]*tracked{}
+		m.items, m.open, m.listed = map[itemKey]*tracked{}, map[itemKey]*tracked{}, nil
 		m.based = false
 		m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
 			Message: fmt.Sprintf("guest %v runs another kernel than its baseline is of: a new baseline was taken", m.vm)})
@@ -439,6 +439,7 @@ func (m *Monitor) rebase(ctx context.Context, gates []guest.Gate, boot Hex) {
 	case !again:
 		return
 	}
+	m.listed = nil
 	for _, t := range m.items {
 		if t.base == nil {
 			continue
@@ -540,7 +541,7 @@ func (m *Monitor) layout() {
 	}
 	g.IDT = best
 
-	m.objects, m.ranges, m.status.Bytes = nil, nil, 0
+	m.objects, m.ranges, m.places, m.status.Bytes = nil, nil, nil, 0
 	index := map[kvmaccess.Range]int{}
 	for _, check := range m.checks {
 		for _, o := range check.Objects(g) {
@@ -609,7 +610,7 @@ func (m *Monitor) forget() {
 				f.Message = fmt.Sprintf("%s: the vCPU does not use that table any more", t.last.subject(m.vm))
 				m.emit(f)
 			}
-			delete(m.items, k)
+			m.drop(k)
 		}
 	}
 }

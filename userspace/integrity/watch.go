@@ -269,6 +269,89 @@ func (e tableEntry) item(what string) WatchItem {
 	return WatchItem{Item: kvmaccess.Item{Kind: kvmaccess.KindEntry, GPA: e.gpa, Value: e.value, Mask: e.mask}, What: what}
 }
 
+// mostPlaces bounds what Reread reads; the Tick after it reads the rest.
+const mostPlaces = 16
+
+// Reread reads again the memory that events of the module are of, and nothing
+// else, and returns what is to be said of that: it is soon done, and says what
+// the Tick that is to follow would say of that memory. Where it takes more than
+// that memory to tell, it says nothing: when registers changed as well, which may
+// be a restart, or when something cannot be read.
+func (m *Monitor) Reread(ctx context.Context, events []kvmaccess.WatchEvent) ([]Finding, error) {
+	if m.g == nil || m.status.State != StateWatching {
+		return nil, nil
+	}
+	places := m.eventPlaces(events)
+	if len(places) == 0 || !m.still(ctx) {
+		return nil, nil
+	}
+	root := m.root
+	if !m.rootFixed {
+		root = m.currentRoot()
+	}
+	ranges := make([]kvmaccess.Range, len(places))
+	for i, p := range places {
+		ranges[i] = kvmaccess.Range{Address: m.ranges[p.index].Address + p.offset, Length: uint32(p.size)}
+	}
+	out, err := m.src.ReadVirtual(ctx, m.vm.ID, m.leader.state.ID, root, ranges...)
+	if err != nil || len(out) != len(ranges) {
+		return nil, nil // Tick tries more, and says what is wrong
+	}
+	changed := false
+	for i, p := range places {
+		if out[i].Err == nil && uint64(len(out[i].Data)) == p.size {
+			changed = m.put(p.index, p.offset, out[i].Data) || changed
+		}
+	}
+	if !changed {
+		return nil, nil
+	}
+	m.status.Slow++
+	if err := m.evaluate(ctx); err != nil {
+		return nil, err
+	}
+	return m.flush(), nil
+}
+
+// eventPlaces are those that events are of, each once.
+func (m *Monitor) eventPlaces(events []kvmaccess.WatchEvent) []place {
+	var places []place
+	for i := range events {
+		e := &events[i]
+		if e.Kind != kvmaccess.KindBytes || e.State != kvmaccess.StateDifferent && e.State != kvmaccess.StateExpected {
+			continue
+		}
+		for _, p := range m.places {
+			if e.GPA >= p.gpa && e.GPA-p.gpa < p.size && m.data[p.index] != nil && !slices.Contains(places, p) {
+				places = append(places, p)
+			}
+		}
+		if len(places) >= mostPlaces {
+			break
+		}
+	}
+	return places
+}
+
+// still says whether the vCPUs that tell of a restart, and by whose page tables
+// memory is read, are as they were.
+func (m *Monitor) still(ctx context.Context) bool {
+	for _, c := range []*cpu{m.cpus[0], m.leader} {
+		if !c.ready || !c.settled {
+			return false
+		}
+		state, err := m.src.VCPU(ctx, m.vm.ID, c.state.ID)
+		if err != nil || state.Flags&(kvmaccess.VCPUNested|kvmaccess.VCPUSMM) != 0 || readyReason(&state) != "" || watch(&state) != c.watch {
+			return false
+		}
+		c.state = state
+		if m.leader == c {
+			break
+		}
+	}
+	return true
+}
+
 // See takes the guest to have been, for a moment, as an event of the module
 // says, which the Tick that followed did not see any more, and returns what is
 // to be said of that. The next Tick sees the guest as it is.
@@ -312,21 +395,25 @@ func (m *Monitor) seeBytes(gpa uint64, data []byte) (changed bool) {
 		if gpa < p.gpa || gpa-p.gpa >= p.size || m.data[p.index] == nil {
 			continue
 		}
-		at := p.offset + gpa - p.gpa
-		old := m.data[p.index][at:]
 		n := min(uint64(len(data)), p.size-(gpa-p.gpa))
-		if bytes.Equal(old[:n], data[:n]) {
-			continue
-		}
-		copy(old, data[:n])
-		changed = true
-		for i := range m.objects {
-			if m.objects[i].index == p.index {
-				m.objects[i].dirty = true
-			}
-		}
+		changed = m.put(p.index, p.offset+gpa-p.gpa, data[:n]) || changed
 	}
 	return changed
+}
+
+// put puts bytes into what was read last of a range.
+func (m *Monitor) put(index int, offset uint64, data []byte) (changed bool) {
+	old := m.data[index][offset:][:len(data)]
+	if bytes.Equal(old, data) {
+		return false
+	}
+	copy(old, data)
+	for i := range m.objects {
+		if m.objects[i].index == index {
+			m.objects[i].dirty = true
+		}
+	}
+	return true
 }
 
 // setRegister returns false for a register that makes no item.
