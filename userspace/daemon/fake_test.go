@@ -386,6 +386,14 @@ func (m *fakeMonitor) WatchItems(context.Context) (integrity.WatchList, error) {
 	}, nil
 }
 
+// Reread finds what a Tick would.
+func (m *fakeMonitor) Reread(ctx context.Context, events []kvmaccess.WatchEvent) ([]integrity.Finding, error) {
+	if len(events) == 0 {
+		return nil, nil
+	}
+	return m.Tick(ctx)
+}
+
 // See finds what the event says.
 func (m *fakeMonitor) See(_ context.Context, e kvmaccess.WatchEvent) ([]integrity.Finding, error) {
 	m.guest.mu.Lock()

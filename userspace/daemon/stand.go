@@ -155,8 +155,17 @@ func (k *keeper) round(ctx context.Context) outcome {
 	if lost {
 		k.log.Info("events of its watches were lost: all of it is looked at", "rule", "lost events")
 	}
+	// First what the events are of, which is told by the time that the rest of
+	// the VM is looked at.
+	soon, err := k.monitor.Reread(ctx, events)
+	took := monotonic() - begin
+	if result := k.take(ctx, soon, err); result != outcomeNone {
+		k.account.look(max(0, late), took)
+		return result
+	}
+	begin = monotonic()
 	findings, err := k.monitor.Tick(ctx)
-	k.account.look(max(0, late), monotonic()-begin)
+	k.account.look(max(0, late), took+monotonic()-begin)
 	result := k.take(ctx, findings, err)
 	if result != outcomeNone || len(events) == 0 {
 		return result
@@ -165,7 +174,7 @@ func (k *keeper) round(ctx context.Context) outcome {
 	if err != nil {
 		return k.judge(ctx, err)
 	}
-	saw, err := k.doubt(ctx, events, len(findings) > 0, list.Items)
+	saw, err := k.doubt(ctx, events, len(soon)+len(findings) > 0, list.Items)
 	if err != nil {
 		return k.judge(ctx, err)
 	}
