@@ -155,6 +155,8 @@ type place struct {
 	offset    uint64 // in that
 }
 
+func (p place) has(gpa uint64) bool { return gpa >= p.gpa && gpa-p.gpa < p.size }
+
 // watchMemory lists the ranges as they were read last, and the way to them.
 func (m *Monitor) watchMemory(ctx context.Context, list *WatchList) error {
 	root := m.root
@@ -276,14 +278,15 @@ const mostPlaces = 16
 // else, and returns what is to be said of that: it is soon done, and says what
 // the Tick that is to follow would say of that memory. Where it takes more than
 // that memory to tell, it says nothing: when registers changed as well, which may
-// be a restart, or when something cannot be read.
-func (m *Monitor) Reread(ctx context.Context, events []kvmaccess.WatchEvent) ([]Finding, error) {
+// be a restart, or when something cannot be read. told, which may be shorter than
+// events, says which of them are of a change that was there.
+func (m *Monitor) Reread(ctx context.Context, events []kvmaccess.WatchEvent) (findings []Finding, told []bool, err error) {
 	if m.g == nil || m.status.State != StateWatching {
-		return nil, nil
+		return nil, nil, nil
 	}
 	places := m.eventPlaces(events)
-	if len(places) == 0 || !m.still(ctx) {
-		return nil, nil
+	if len(places) == 0 || !m.still(ctx, places) {
+		return nil, nil, nil
 	}
 	root := m.root
 	if !m.rootFixed {
@@ -295,34 +298,48 @@ func (m *Monitor) Reread(ctx context.Context, events []kvmaccess.WatchEvent) ([]
 	}
 	out, err := m.src.ReadVirtual(ctx, m.vm.ID, m.leader.state.ID, root, ranges...)
 	if err != nil || len(out) != len(ranges) {
-		return nil, nil // Tick tries more, and says what is wrong
+		return nil, nil, nil // Tick tries more, and says what is wrong
 	}
 	changed := false
+	told = make([]bool, len(events))
 	for i, p := range places {
-		if out[i].Err == nil && uint64(len(out[i].Data)) == p.size {
-			changed = m.put(p.index, p.offset, out[i].Data) || changed
+		if out[i].Err != nil || uint64(len(out[i].Data)) != p.size {
+			continue
 		}
+		for j := range events {
+			if e := &events[j]; memoryEvent(e) && p.has(e.GPA) {
+				at := e.GPA - p.gpa
+				n := min(uint64(max(1, len(e.Data))), p.size-at)
+				told[j] = told[j] || !bytes.Equal(out[i].Data[at:at+n], m.data[p.index][p.offset+at:][:n])
+			}
+		}
+		changed = m.put(p.index, p.offset, out[i].Data) || changed
 	}
 	if !changed {
-		return nil, nil
+		return nil, nil, nil
 	}
 	m.status.Slow++
 	if err := m.evaluate(ctx); err != nil {
-		return nil, err
+		return nil, told, err
 	}
-	return m.flush(), nil
+	return m.flush(), told, nil
+}
+
+// memoryEvent says whether an event is of bytes that became others, or what they
+// were.
+func memoryEvent(e *kvmaccess.WatchEvent) bool {
+	return e.Kind == kvmaccess.KindBytes && (e.State == kvmaccess.StateDifferent || e.State == kvmaccess.StateExpected)
 }
 
 // eventPlaces are those that events are of, each once.
 func (m *Monitor) eventPlaces(events []kvmaccess.WatchEvent) []place {
 	var places []place
 	for i := range events {
-		e := &events[i]
-		if e.Kind != kvmaccess.KindBytes || e.State != kvmaccess.StateDifferent && e.State != kvmaccess.StateExpected {
+		if !memoryEvent(&events[i]) {
 			continue
 		}
 		for _, p := range m.places {
-			if e.GPA >= p.gpa && e.GPA-p.gpa < p.size && m.data[p.index] != nil && !slices.Contains(places, p) {
+			if p.has(events[i].GPA) && m.data[p.index] != nil && !slices.Contains(places, p) {
 				places = append(places, p)
 			}
 		}
@@ -333,10 +350,23 @@ func (m *Monitor) eventPlaces(events []kvmaccess.WatchEvent) []place {
 	return places
 }
 
-// still says whether the vCPUs that tell of a restart, and by whose page tables
-// memory is read, are as they were.
-func (m *Monitor) still(ctx context.Context) bool {
-	for _, c := range []*cpu{m.cpus[0], m.leader} {
+// still says whether the vCPUs that tell of a restart, by whose page tables
+// memory is read, and whose tables are in these places are as they were.
+func (m *Monitor) still(ctx context.Context, places []place) bool {
+	cpus := []*cpu{m.cpus[0]}
+	add := func(c *cpu) {
+		if !slices.Contains(cpus, c) {
+			cpus = append(cpus, c)
+		}
+	}
+	add(m.leader)
+	for i := range m.objects {
+		o := &m.objects[i]
+		if o.VCPU != nil && slices.ContainsFunc(places, func(p place) bool { return p.index == o.index }) {
+			add(o.cpu)
+		}
+	}
+	for _, c := range cpus {
 		if !c.ready || !c.settled {
 			return false
 		}
@@ -345,9 +375,6 @@ func (m *Monitor) still(ctx context.Context) bool {
 			return false
 		}
 		c.state = state
-		if m.leader == c {
-			break
-		}
 	}
 	return true
 }
@@ -392,7 +419,7 @@ func (m *Monitor) See(ctx context.Context, e kvmaccess.WatchEvent) ([]Finding, e
 // seeBytes puts bytes into what was read last.
 func (m *Monitor) seeBytes(gpa uint64, data []byte) (changed bool) {
 	for _, p := range m.places {
-		if gpa < p.gpa || gpa-p.gpa >= p.size || m.data[p.index] == nil {
+		if !p.has(gpa) || m.data[p.index] == nil {
 			continue
 		}
 		n := min(uint64(len(data)), p.size-(gpa-p.gpa))

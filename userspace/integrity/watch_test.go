@@ -367,7 +367,7 @@ func TestReread(t *testing.T) {
 				t.Helper()
 				events := w.differing(w.items(m))
 				memory := len(events) > 0 && !slices.ContainsFunc(events, func(e kvmaccess.WatchEvent) bool { return e.Kind != kvmaccess.KindBytes })
-				first, err := m.Reread(t.Context(), events)
+				first, _, err := m.Reread(t.Context(), events)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -378,7 +378,7 @@ func TestReread(t *testing.T) {
 				if diff := cmp.Diff(sorted(texts(whole)), sorted(texts(append(first, rest...)))); diff != "" {
 					t.Errorf("-round alone +by events first\n%s", diff)
 				}
-				if again, err := m.Reread(t.Context(), events); len(again) > 0 || err != nil {
+				if again, told, err := m.Reread(t.Context(), events); len(again) > 0 || len(told) > 0 || err != nil {
 					t.Errorf("twice: %q, %v", texts(again), err)
 				}
 				if diff := cmp.Diff(alone.Baseline(), m.Baseline(), cmpopts.IgnoreTypes(time.Time{})); diff != "" {
@@ -414,15 +414,15 @@ func TestRereadLeavesRestarts(t *testing.T) {
 			old := w.put(at, w.at("sys_call_table"))
 			events := slices.DeleteFunc(w.differing(list), func(e kvmaccess.WatchEvent) bool { return e.Kind != kvmaccess.KindBytes })
 			tt.change(&w.CPUs[0])
-			if found, err := m.Reread(t.Context(), events); len(events) == 0 || len(found) > 0 || err != nil {
+			if found, told, err := m.Reread(t.Context(), events); len(events) == 0 || len(found) > 0 || len(told) > 0 || err != nil {
 				t.Errorf("of %d events: %q, %v", len(events), texts(found), err)
 			}
 			w.CPUs[0] = was
-			if found, err := m.Reread(t.Context(), events); len(found) != 1 || err != nil {
+			if found, told, err := m.Reread(t.Context(), events); len(found) != 1 || len(told) == 0 || !told[0] || err != nil {
 				t.Errorf("with the registers as they were: %q, %v", texts(found), err)
 			}
 			w.put(at, old)
-			if found, err := m.Reread(t.Context(), events); len(found) != 1 || found[0].Kind != KindCleared || err != nil {
+			if found, _, err := m.Reread(t.Context(), events); len(found) != 1 || found[0].Kind != KindCleared || err != nil {
 				t.Errorf("as before: %q, %v", texts(found), err)
 			}
 			w.quiet(m)
