@@ -99,9 +99,9 @@ type Guest struct {
 	// set for good; valid if HavePinned.
 	Pinned     uint64
 	HavePinned bool
-	// modules takes up what Image is to say of modules, before it is asked;
-	// nil: that was done.
-	modules func()
+	// modules takes up what Image is to say of an address outside of the kernel,
+	// before it is asked; nil: it is known.
+	modules func(addr uint64)
 }
 
 // value describes a running address.
@@ -111,8 +111,7 @@ func (g *Guest) value(addr uint64) Value {
 		return v
 	}
 	if g.modules != nil && g.Mode.Kernel(addr) && !g.Image.Contains(addr) {
-		g.modules()
-		g.modules = nil
+		g.modules(addr)
 	}
 	all, offset := g.Image.At(addr)
 	if len(all) == 0 {

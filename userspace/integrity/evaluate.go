@@ -23,7 +23,7 @@ func (m *Monitor) evaluate(ctx context.Context) error {
 		return m.attach(ctx)
 	}
 	g := m.g
-	g.modules = func() { m.nameModules(ctx) }
+	g.modules = m.moduleNamer(ctx)
 	defer func() { g.modules = nil }()
 	if !m.based {
 		m.taken = m.now()
