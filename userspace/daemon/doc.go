@@ -18,8 +18,8 @@
 // after that, unless the store cannot be written. Stored with it is that it is
 // open. So a daemon that is killed right after it told one to a follower may know
 // nothing of it: its next start finds the same again, if it still holds, and may
-// give its number to another one. What is stored, or in the findings file, keeps
-// its number and is not told again.
+// give its number to another one. What is stored keeps its number and is not told
+// again.
 //
 // # API
 //
