@@ -255,6 +255,15 @@ func (j *journal) notify() {
 	j.changed = make(chan struct{})
 }
 
+// letFollowersGo has who follows findings hear of one that was just raised before
+// the caller goes on, which may take milliseconds of a CPU, of the only one maybe.
+// The runtime, which now and then takes one that has yielded before those that
+// were woken, does not do so twice in succession.
+func letFollowersGo() {
+	runtime.Gosched()
+	runtime.Gosched()
+}
+
 // change returns a channel that is closed at the next change.
 func (j *journal) change() <-chan struct{} {
 	j.mu.Lock()
@@ -360,9 +369,7 @@ func (j *journal) storeBatch() (more bool, err error) {
 		return false, nil
 	}
 
-	// It takes milliseconds of a CPU, of the only one maybe: who follows the
-	// findings hears of them first.
-	runtime.Gosched()
+	letFollowersGo()
 	err = j.put(w)
 
 	j.mu.Lock()

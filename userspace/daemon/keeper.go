@@ -7,7 +7,6 @@ import (
 	"errors"
 	"log/slog"
 	"os"
-	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -333,9 +332,7 @@ func (k *keeper) report(ctx context.Context) {
 	for len(k.findings) > 0 {
 		if k.findings[len(k.findings)-1].More == 0 {
 			k.save(k.findings...)
-			// Who follows the findings hears of them first, and of the only
-			// CPU maybe.
-			runtime.Gosched()
+			letFollowersGo()
 			k.log.Warn("findings", "count", len(k.findings), "first", k.findings[0].Message)
 			k.findings = nil
 			return
