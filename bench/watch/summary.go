@@ -412,7 +412,7 @@ func (s *Summary) reach() {
 	late := ""
 	for _, c := range s.Changes {
 		if c.By == Daemon {
-			late = fmt.Sprintf("kvmaccessd takes %.1f million instructions, of one a nanosecond, until its stream tells of a change (half a period, %.1f ms, is waited for on average): it looks at all of the guest, explains what it finds and stores it first; it dates the finding %.1f ms after the change. The module's event, read again by a Go program, takes about 0.1 ms: see the table below",
+			late = fmt.Sprintf("kvmaccessd takes %.1f million instructions, of one a nanosecond, until its stream tells of a change (half a period, %.1f ms, is waited for on average); it dates the finding %.1f ms after the change. The module's event, read again by a Go program, takes about 0.1 ms: see the table below",
 				1e3*(c.Found.Median-c.PeriodS/2), 500*c.PeriodS, 1e3*c.Noticed)
 		}
 	}

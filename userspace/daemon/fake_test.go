@@ -90,6 +90,8 @@ type fakeGuest struct {
 	burst int                                 // findings that one tick holds back
 	again time.Duration                       // of WatchItems
 	tick  time.Duration                       // that the module's take
+
+	reread func(*fakeGuest) // after each Reread
 }
 
 func newFakeHost() *fakeHost {
@@ -393,6 +395,20 @@ func (m *fakeMonitor) WatchItems(context.Context) (integrity.WatchList, error) {
 		Items: []integrity.WatchItem{{Item: kvmaccess.Item{Kind: kvmaccess.KindRegister, Register: kvmaccess.RegisterLSTAR, Value: m.last}, What: "value"}},
 		Again: m.guest.again,
 	}, nil
+}
+
+// Reread finds what a Tick would.
+func (m *fakeMonitor) Reread(ctx context.Context, events []kvmaccess.WatchEvent) (findings []integrity.Finding, told []bool, err error) {
+	if len(events) == 0 {
+		return nil, nil, nil
+	}
+	findings, err = m.Tick(ctx)
+	m.guest.mu.Lock()
+	defer m.guest.mu.Unlock()
+	if m.guest.reread != nil {
+		m.guest.reread(m.guest)
+	}
+	return findings, slices.Repeat([]bool{len(findings) > 0}, len(events)), err
 }
 
 // See finds what the event says.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math"
 	"os"
 	"runtime"
@@ -47,10 +46,10 @@ type journal struct {
 	written  uint64        // up to which they are written out
 	unstored []Record      // those after stored
 	guests   map[string]*guestState
-	dirty    map[string]struct{} // keys of guests that changed since they were stored
-	position bool                // written changed since it was stored
-	failing  bool                // what is raised cannot be stored
-	ending   bool                // Shutdown has begun
+	dirty    map[string]bool // keys of guests that changed since they were stored; false: in Findings and open ones alone
+	position bool            // written changed since it was stored
+	failing  bool            // what is raised cannot be stored
+	ending   bool            // Shutdown has begun
 	pruned   uint64
 	raised   uint64 // since the start
 	dropped  uint64
@@ -59,7 +58,7 @@ type journal struct {
 func newJournal(config *Config, log *slog.Logger, p *problems) *journal {
 	return &journal{
 		config: config, log: log, problems: p, retry: time.Second, lastRetry: 8 * time.Second, flush: 5 * time.Second,
-		changed: make(chan struct{}), dirty: map[string]struct{}{},
+		changed: make(chan struct{}), dirty: map[string]bool{},
 	}
 }
 
@@ -101,7 +100,7 @@ func (j *journal) Init(context.Context) error {
 	j.guests = guests
 	for _, key := range broken {
 		j.log.Warn("the stored state of a VM does not decode: its baseline starts anew", "vm", key)
-		j.dirty[key] = struct{}{}
+		j.dirty[key] = true
 	}
 	j.last, j.written = max(last, out), max(written, out)
 	j.stored = j.last
@@ -195,10 +194,12 @@ func (j *journal) raise(id identity, b *integrity.Baseline, findings ...integrit
 		n++
 		j.unstored = append(j.unstored, Record{Seq: j.last, Finding: f})
 	}
+	old := g.Baseline
 	if b.Version != 0 {
 		g.Baseline = b
 	}
-	j.dirty[id.key()] = struct{}{}
+	same := old != nil && g.Baseline.SameItems(old) && g.Baseline.Taken.Equal(old.Taken) && g.Baseline.Boot == old.Boot
+	j.dirty[id.key()] = j.dirty[id.key()] || !same
 	j.notify()
 	return n
 }
@@ -224,7 +225,7 @@ func (j *journal) rebase(id identity) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.entry(id).Baseline = nil
-	j.dirty[id.key()] = struct{}{}
+	j.dirty[id.key()] = true
 	j.notify()
 }
 
@@ -240,7 +241,7 @@ func (j *journal) forgetWhere(gone func(identity) bool) {
 	for key, g := range j.guests {
 		if gone(g.Identity) {
 			delete(j.guests, key)
-			j.dirty[key] = struct{}{}
+			j.dirty[key] = true
 		}
 	}
 	if len(j.dirty) > 0 {
@@ -252,6 +253,15 @@ func (j *journal) forgetWhere(gone func(identity) bool) {
 func (j *journal) notify() {
 	close(j.changed)
 	j.changed = make(chan struct{})
+}
+
+// letFollowersGo has who follows findings hear of one that was just raised before
+// the caller goes on, which may take milliseconds of a CPU, of the only one maybe.
+// The runtime, which now and then takes one that has yielded before those that
+// were woken, does not do so twice in succession.
+func letFollowersGo() {
+	runtime.Gosched()
+	runtime.Gosched()
 }
 
 // change returns a channel that is closed at the next change.
@@ -332,18 +342,22 @@ const batch = 512
 
 func (j *journal) storeBatch() (more bool, err error) {
 	j.mu.Lock()
-	w := write{guests: map[string]*guestState{}}
+	w := write{guests: map[string]*guestState{}, open: map[string]*guestState{}}
 	w.records = slices.Clone(j.unstored[:min(batch, len(j.unstored))])
-	for key := range j.dirty {
+	for key, whole := range j.dirty {
 		g := j.guests[key]
 		if g != nil {
 			copied := *g
 			g = &copied
 		}
-		w.guests[key] = g
+		if whole || g == nil {
+			w.guests[key] = g
+		} else {
+			w.open[key] = g
+		}
 	}
 	dirty, position := j.dirty, j.position
-	j.dirty, j.position = map[string]struct{}{}, false
+	j.dirty, j.position = map[string]bool{}, false
 	if position {
 		w.written = j.written
 	}
@@ -355,15 +369,15 @@ func (j *journal) storeBatch() (more bool, err error) {
 		return false, nil
 	}
 
-	// To encode a baseline takes milliseconds of a CPU, of the only one maybe:
-	// who follows the findings hears of them first.
-	runtime.Gosched()
+	letFollowersGo()
 	err = j.put(w)
 
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.failing = err != nil; j.failing {
-		maps.Copy(j.dirty, dirty)
+		for key, whole := range dirty {
+			j.dirty[key] = j.dirty[key] || whole
+		}
 		j.position = j.position || position
 		j.notify() // writeBatch does not wait for the store any more
 		return false, fmt.Errorf("%s cannot be written, so findings and baselines do not survive a restart: %w", j.store.db.Path(), unwrapPath(err))

@@ -339,6 +339,7 @@ func (k *keeper) report(ctx context.Context) {
 	for len(k.findings) > 0 {
 		if k.findings[len(k.findings)-1].More == 0 {
 			k.save(k.findings...)
+			letFollowersGo()
 			k.log.Warn("findings", "count", len(k.findings), "first", k.findings[0].Message)
 			k.findings = nil
 			return

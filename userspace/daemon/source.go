@@ -55,6 +55,7 @@ type monitor interface {
 	Status() integrity.Status
 	// For the watch mode.
 	WatchItems(ctx context.Context) (integrity.WatchList, error)
+	Reread(ctx context.Context, events []kvmaccess.WatchEvent) (findings []integrity.Finding, told []bool, err error)
 	See(ctx context.Context, e kvmaccess.WatchEvent) ([]integrity.Finding, error)
 	StartText(ctx context.Context, d *kvmaccess.Digester) (*integrity.TextLook, error)
 	FinishText(ctx context.Context, l *integrity.TextLook) ([]integrity.Finding, error)

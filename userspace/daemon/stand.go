@@ -155,8 +155,17 @@ func (k *keeper) round(ctx context.Context) outcome {
 	if lost {
 		k.log.Info("events of its watches were lost: all of it is looked at", "rule", "lost events")
 	}
+	// First what the events are of, which is told by the time that the rest of
+	// the VM is looked at.
+	soon, told, err := k.monitor.Reread(ctx, events)
+	took := monotonic() - begin
+	if result := k.take(ctx, soon, err); result != outcomeNone {
+		k.account.look(max(0, late), took)
+		return result
+	}
+	begin = monotonic()
 	findings, err := k.monitor.Tick(ctx)
-	k.account.look(max(0, late), monotonic()-begin)
+	k.account.look(max(0, late), took+monotonic()-begin)
 	result := k.take(ctx, findings, err)
 	if result != outcomeNone || len(events) == 0 {
 		return result
@@ -165,7 +174,7 @@ func (k *keeper) round(ctx context.Context) outcome {
 	if err != nil {
 		return k.judge(ctx, err)
 	}
-	saw, err := k.doubt(ctx, events, len(findings) > 0, list.Items)
+	saw, err := k.doubt(ctx, events, told, len(soon)+len(findings) > 0, list.Items)
 	if err != nil {
 		return k.judge(ctx, err)
 	}
@@ -180,20 +189,20 @@ func (k *keeper) round(ctx context.Context) outcome {
 	return k.take(ctx, findings, err)
 }
 
-// doubt sees to events that the round they led to does not explain. saw: there
-// were such.
-func (k *keeper) doubt(ctx context.Context, events []kvmaccess.WatchEvent, found bool, items []integrity.WatchItem) (saw bool, err error) {
+// doubt sees to events that the round they led to does not explain; told are
+// those that were explained before it. saw: there were such.
+func (k *keeper) doubt(ctx context.Context, events []kvmaccess.WatchEvent, told []bool, found bool, items []integrity.WatchItem) (saw bool, err error) {
 	expected := make(map[integrity.WatchKey]bool, len(items))
 	for i := range items {
 		expected[items[i].Key()] = true
 	}
-	for _, e := range events {
+	for i, e := range events {
 		_, key, ok := k.guard.find(e)
 		if !ok || e.State != kvmaccess.StateDifferent {
 			continue
 		}
 		vain := !found
-		if expected[key] {
+		if expected[key] && !(i < len(told) && told[i]) {
 			// It was so for a moment only, and is no less a change.
 			findings, err := k.monitor.See(ctx, e)
 			k.findings = append(k.findings, findings...)

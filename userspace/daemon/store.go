@@ -25,13 +25,20 @@ import (
 //	meta      "version": decimal; "written": big-endian Seq up to which
 //	          findings are in the findings file
 //	findings  big-endian Seq: Record
-//	vms       key of a guest: guestState
-const storeVersion = "1"
+//	vms       key of a guest: guestState, without the open findings
+//	open      key of a guest: openState, which is written far more often
+//
+// In version 1 there was no bucket open, and open findings were in vms.
+const (
+	storeVersion = "2"
+	firstVersion = "1"
+)
 
 var (
 	metaBucket     = []byte("meta")
 	findingsBucket = []byte("findings")
 	vmsBucket      = []byte("vms")
+	openBucket     = []byte("open")
 	versionKey     = []byte("version")
 	writtenKey     = []byte("written")
 )
@@ -42,6 +49,12 @@ type guestState struct {
 	// Baseline is nil while there is none. It holds the open findings.
 	Baseline *integrity.Baseline `json:"baseline,omitempty"`
 	Findings uint64              `json:"findings"` // raised so far
+}
+
+// openState is what of a guestState changes with each finding.
+type openState struct {
+	Open     []integrity.Open `json:"open,omitempty"` // of the baseline
+	Findings uint64           `json:"findings"`
 }
 
 // store is what survives a restart. It is safe for concurrent use.
@@ -142,21 +155,24 @@ func (s *store) check() error {
 		if meta == nil {
 			return nil // new
 		}
-		if version := meta.Get(versionKey); string(version) != storeVersion {
+		switch version := string(meta.Get(versionKey)); version {
+		case storeVersion:
+			sound = true
+		case firstVersion:
+		default:
 			return fmt.Errorf("%w: format %q, this one knows %q: update kvmaccessd, or name another state directory", errNewerStore, version, storeVersion)
 		}
-		sound = true
 		return nil
 	}); err != nil || sound {
 		return err
 	}
 	return s.db.Update(func(tx *bolt.Tx) error {
-		for _, name := range [][]byte{findingsBucket, vmsBucket} {
+		for _, name := range [][]byte{findingsBucket, vmsBucket, openBucket} {
 			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
 				return err
 			}
 		}
-		meta, err := tx.CreateBucket(metaBucket)
+		meta, err := tx.CreateBucketIfNotExists(metaBucket)
 		if err != nil {
 			return err
 		}
@@ -193,13 +209,14 @@ func (s *store) last() (last, written uint64, err error) {
 type write struct {
 	records []Record
 	guests  map[string]*guestState // nil values delete
+	open    map[string]*guestState // of which only openState changed
 	written uint64                 // 0: as it was
 	// Findings with a Seq up to prune are dropped.
 	prune uint64
 }
 
 func (w *write) empty() bool {
-	return len(w.records) == 0 && len(w.guests) == 0 && w.written == 0 && w.prune == 0
+	return len(w.records) == 0 && len(w.guests) == 0 && len(w.open) == 0 && w.written == 0 && w.prune == 0
 }
 
 // put carries out a write, all of it or nothing.
@@ -215,19 +232,13 @@ func (s *store) put(w write) error {
 				return err
 			}
 		}
-		vms := tx.Bucket(vmsBucket)
 		for key, state := range w.guests {
-			if state == nil {
-				if err := vms.Delete([]byte(key)); err != nil {
-					return err
-				}
-				continue
-			}
-			value, err := json.Marshal(state)
-			if err != nil {
+			if err := putGuest(tx, key, state); err != nil {
 				return err
 			}
-			if err := vms.Put([]byte(key), value); err != nil {
+		}
+		for key, state := range w.open {
+			if err := putOpen(tx, key, state); err != nil {
 				return err
 			}
 		}
@@ -250,6 +261,39 @@ func (s *store) put(w write) error {
 		}
 		return nil
 	})
+}
+
+// putGuest stores all of a guest's state; nil: none.
+func putGuest(tx *bolt.Tx, key string, state *guestState) error {
+	if state == nil {
+		return errors.Join(tx.Bucket(vmsBucket).Delete([]byte(key)), tx.Bucket(openBucket).Delete([]byte(key)))
+	}
+	own := *state
+	if own.Baseline != nil {
+		items := *own.Baseline
+		items.Open = nil
+		own.Baseline = &items
+	}
+	if err := putJSON(tx.Bucket(vmsBucket), key, own); err != nil {
+		return err
+	}
+	return putOpen(tx, key, state)
+}
+
+func putOpen(tx *bolt.Tx, key string, state *guestState) error {
+	o := openState{Findings: state.Findings}
+	if state.Baseline != nil {
+		o.Open = state.Baseline.Open
+	}
+	return putJSON(tx.Bucket(openBucket), key, o)
+}
+
+func putJSON(b *bolt.Bucket, key string, v any) error {
+	value, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return b.Put([]byte(key), value)
 }
 
 // records returns up to limit stored findings after a sequence number.
@@ -275,10 +319,17 @@ func (s *store) guests() (guests map[string]*guestState, broken []string, err er
 	guests = map[string]*guestState{}
 	err = s.db.View(func(tx *bolt.Tx) error {
 		return tx.Bucket(vmsBucket).ForEach(func(k, v []byte) error {
-			state := new(guestState)
-			if json.Unmarshal(v, state) != nil {
+			state, open := new(guestState), new(openState)
+			value := tx.Bucket(openBucket).Get(k)
+			if json.Unmarshal(v, state) != nil || value != nil && json.Unmarshal(value, open) != nil {
 				broken = append(broken, string(k))
 				return nil
+			}
+			if value != nil {
+				state.Findings = open.Findings
+				if state.Baseline != nil {
+					state.Baseline.Open = open.Open
+				}
 			}
 			guests[string(k)] = state
 			return nil

@@ -74,6 +74,79 @@ func TestStore(t *testing.T) {
 	}
 }
 
+// What changes with each finding is stored by itself, and one with all of the
+// rest supersedes it.
+func TestStoreOpen(t *testing.T) {
+	dir := t.TempDir()
+	s := mustStore(t, dir)
+	defer func() { s.Close() }()
+	found := func(message string, n uint64) *guestState {
+		g := sampleGuest(1)
+		g.Findings = n
+		g.Baseline.Open = []integrity.Open{{Finding: integrity.Finding{Message: message}, Item: g.Baseline.Items[0]}}
+		return g
+	}
+	cleared := sampleGuest(1)
+	cleared.Findings = 9
+	for _, step := range []struct {
+		name string
+		write
+		want *guestState
+	}{
+		{"first", write{guests: map[string]*guestState{"a": sampleGuest(1)}}, sampleGuest(1)},
+		{"found", write{open: map[string]*guestState{"a": found("x", 7)}}, found("x", 7)},
+		{"all", write{guests: map[string]*guestState{"a": found("y", 8)}}, found("y", 8)},
+		{"cleared", write{open: map[string]*guestState{"a": cleared}}, cleared},
+		{"gone", write{guests: map[string]*guestState{"a": nil}}, nil},
+	} {
+		if err := s.put(step.write); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s = mustStore(t, dir)
+		guests, broken, err := s.guests()
+		if diff := cmp.Diff(step.want, guests["a"]); diff != "" || len(broken) != 0 || err != nil {
+			t.Errorf("%s: %v %v -want +got:\n%s", step.name, broken, err, diff)
+		}
+	}
+	if err := s.db.View(func(tx *bolt.Tx) error {
+		if k, _ := tx.Bucket(openBucket).Cursor().First(); k != nil {
+			t.Errorf("%s is left", k)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A store of version 1 is taken over.
+func TestStoreFirstVersion(t *testing.T) {
+	dir := t.TempDir()
+	s := mustStore(t, dir)
+	g := sampleGuest(1)
+	g.Baseline.Open = []integrity.Open{{Finding: integrity.Finding{Message: "x"}, Item: g.Baseline.Items[0]}}
+	if err := s.db.Update(func(tx *bolt.Tx) error {
+		return errors.Join(putJSON(tx.Bucket(vmsBucket), "a", g), tx.DeleteBucket(openBucket),
+			tx.Bucket(metaBucket).Put(versionKey, []byte(firstVersion)), tx.Bucket(metaBucket).Put(writtenKey, seqKey(4)))
+	}); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	for range 2 {
+		s = mustStore(t, dir)
+		guests, _, err := s.guests()
+		if diff := cmp.Diff(map[string]*guestState{"a": g}, guests); diff != "" || err != nil {
+			t.Errorf("%v -want +got:\n%s", err, diff)
+		}
+		if _, written, err := s.last(); written != 4 || err != nil {
+			t.Errorf("written %d, %v", written, err)
+		}
+		s.Close()
+	}
+}
+
 // Whatever is in state.db, the daemon starts, and does not throw it away.
 func TestStoreDamaged(t *testing.T) {
 	good := t.TempDir()
@@ -154,7 +227,7 @@ func TestStoreRefused(t *testing.T) {
 	if _, _, err := openStore(dir); err == nil || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("a store in use: %v", err)
 	}
-	if err := s.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(versionKey, []byte("2")) }); err != nil {
+	if err := s.db.Update(func(tx *bolt.Tx) error { return tx.Bucket(metaBucket).Put(versionKey, []byte("3")) }); err != nil {
 		t.Fatal(err)
 	}
 	s.Close()

@@ -93,6 +93,20 @@ func TestWatchModeMoment(t *testing.T) {
 	})
 }
 
+// What is undone once it was told is told once.
+func TestWatchModeUndone(t *testing.T) {
+	watchTest(t, func(t *testing.T, r *rig, g *fakeGuest) {
+		g.set(func(g *fakeGuest) {
+			g.value = 6
+			g.reread = func(g *fakeGuest) { g.value = 1 }
+		})
+		time.Sleep(time.Second)
+		r.found(is6, is1)
+		time.Sleep(time.Minute)
+		r.found(is6, is1)
+	})
+}
+
 // After events that nobody got, all is looked at.
 func TestWatchModeEventsLost(t *testing.T) {
 	watchTest(t, func(t *testing.T, r *rig, g *fakeGuest) {

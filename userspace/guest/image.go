@@ -107,6 +107,10 @@ func (m *Image) wrap(addr uint64) uint64 {
 // maxDistance bounds how far behind a symbol an address still belongs to it.
 const maxDistance = 1 << 20
 
+// Contains says whether a running address is in the kernel image, and so not in
+// a module; of symbols that do not say where that ends, none is.
+func (m *Image) Contains(addr uint64) bool { return m.whole.Contains(addr) }
+
 // At returns the symbols at, or nearest below, a running address, and how far
 // below. A module's symbols are only found where the file is of this very
 // boot (slide 0): modules do not move with the image. Where a module ends is

@@ -445,7 +445,7 @@ func (m *Monitor) rebase(ctx context.Context, gates []guest.Gate, boot Hex) {
 
 // dropBaseline begins anew with another kernel.
 func (m *Monitor) dropBaseline() {
-	m.items = map[itemKey]*tracked{}
+	m.items, m.open, m.listed = map[itemKey]*tracked{}, map[itemKey]*tracked{}, nil
 	m.based = false
 	m.emit(Finding{Kind: KindRestarted, Check: "guest", Object: "kernel",
 		Message: fmt.Sprintf("guest %v runs another kernel than its baseline is of: a new baseline was taken", m.vm)})
@@ -454,6 +454,7 @@ func (m *Monitor) dropBaseline() {
 // moveBaseline goes on with the same kernel, another boot of it, delta bytes
 // higher.
 func (m *Monitor) moveBaseline(delta uint64) {
+	m.listed = nil
 	for _, t := range m.items {
 		if t.base == nil {
 			continue
@@ -555,7 +556,7 @@ func (m *Monitor) layout() {
 	}
 	g.IDT = best
 
-	m.objects, m.ranges, m.status.Bytes = nil, nil, 0
+	m.objects, m.ranges, m.places, m.status.Bytes = nil, nil, nil, 0
 	index := map[kvmaccess.Range]int{}
 	for _, check := range m.checks {
 		for _, o := range check.Objects(g) {
@@ -627,7 +628,7 @@ func (m *Monitor) forget() {
 				f.Message = fmt.Sprintf("%s: the vCPU does not use that table any more", t.last.subject(m.vm))
 				m.emit(f)
 			}
-			delete(m.items, k)
+			m.drop(k)
 		}
 	}
 }

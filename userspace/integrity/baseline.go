@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"time"
+	"unsafe"
 )
 
 // BaselineVersion is the format that this package writes and takes.
@@ -56,25 +57,66 @@ func (k itemKey) compare(o itemKey) int {
 }
 
 // Baseline returns what the Monitor compares with; its Version is 0 while
-// there is none (see StateWaiting).
+// there is none (see StateWaiting). Items must not be changed: it is the same
+// slice for as long as none of them is another one.
 func (m *Monitor) Baseline() Baseline {
 	if !m.based {
 		return Baseline{VM: m.vm}
 	}
-	b := Baseline{Version: BaselineVersion, Taken: m.taken, VM: m.vm, Boot: m.boot, Items: make([]Item, 0, len(m.items))}
-	for _, t := range m.items {
-		if t.base != nil {
-			b.Items = append(b.Items, *t.base)
-		}
+	if m.listed == nil {
+		m.listed = m.list()
 	}
-	slices.SortFunc(b.Items, func(x, y Item) int { return x.key().compare(y.key()) })
-	for _, t := range m.items {
-		if t.open != nil {
-			b.Open = append(b.Open, Open{*t.open, t.last})
-		}
+	b := Baseline{Version: BaselineVersion, Taken: m.taken, VM: m.vm, Boot: m.boot, Items: m.listed}
+	for _, t := range m.open {
+		b.Open = append(b.Open, Open{*t.open, t.last})
 	}
 	slices.SortFunc(b.Open, func(x, y Open) int { return x.Item.key().compare(y.Item.key()) })
 	return b
+}
+
+// list is what all items are compared with, by key.
+func (m *Monitor) list() []Item {
+	keys := make([]itemKey, 0, len(m.items))
+	for k, t := range m.items {
+		if t.base != nil {
+			keys = append(keys, k)
+		}
+	}
+	slices.SortFunc(keys, itemKey.compare)
+	items := make([]Item, len(keys))
+	for i, k := range keys {
+		items[i] = *m.items[k].base
+	}
+	return items
+}
+
+// SameItems says whether two Baselines have the same Items because one Monitor
+// returned both and has changed none between.
+func (b *Baseline) SameItems(o *Baseline) bool {
+	return len(b.Items) == len(o.Items) && unsafe.SliceData(b.Items) == unsafe.SliceData(o.Items)
+}
+
+// setOpen takes down that a finding about an item holds; nil: none does.
+func (m *Monitor) setOpen(k itemKey, t *tracked, f *Finding) {
+	t.open = f
+	if f == nil {
+		delete(m.open, k)
+	} else {
+		m.open[k] = t
+	}
+}
+
+// setBase takes over what an item is compared with; nil: its next sight.
+func (m *Monitor) setBase(t *tracked, base *Item) {
+	t.base = base
+	m.listed = nil
+}
+
+// drop forgets an item.
+func (m *Monitor) drop(k itemKey) {
+	delete(m.items, k)
+	delete(m.open, k)
+	m.listed = nil
 }
 
 // resume takes over a stored baseline.
@@ -86,22 +128,22 @@ func (m *Monitor) resume(b *Baseline) {
 	}
 	for i := range b.Open {
 		o := b.Open[i]
-		t := m.items[o.Item.key()]
+		k := o.Item.key()
+		t := m.items[k]
 		if t == nil {
 			t = &tracked{}
-			m.items[o.Item.key()] = t
+			m.items[k] = t
 		}
-		t.open, t.last = &o.Finding, o.Item
+		t.last = o.Item
+		m.setOpen(k, t, &o.Finding)
 	}
 }
 
 // Findings returns those that hold now, in the order of their keys.
 func (m *Monitor) Findings() []Finding {
 	var open []Finding
-	for _, t := range m.items {
-		if t.open != nil {
-			open = append(open, *t.open)
-		}
+	for _, t := range m.open {
+		open = append(open, *t.open)
 	}
 	slices.SortFunc(open, func(x, y Finding) int { return cmp.Compare(x.Key(), y.Key()) })
 	return open

@@ -68,6 +68,10 @@ type Object struct {
 	// Items decodes. data has Memory.Length bytes, or is nil if it could not
 	// be read, for the reason err.
 	Items func(g *Guest, cpu *kvmaccess.VCPU, data []byte, err error) []Item
+	// Changed makes those of the items of now that are not what they were in
+	// old, the Memory that they were made of last; false: it cannot tell which
+	// these are. nil: Items makes all of them.
+	Changed func(g *Guest, old, now []byte) ([]Item, bool)
 }
 
 // Guest is what checks know of the VM.
@@ -95,6 +99,9 @@ type Guest struct {
 	// set for good; valid if HavePinned.
 	Pinned     uint64
 	HavePinned bool
+	// modules takes up what Image is to say of an address outside of the kernel,
+	// before it is asked; nil: it is known.
+	modules func(addr uint64)
 }
 
 // notLinux is what there is to say of a guest of which nothing is expected.
@@ -105,6 +112,9 @@ func (g *Guest) value(addr uint64) Value {
 	v := Value{Value: Hex(addr)}
 	if g.Image == nil {
 		return v
+	}
+	if g.modules != nil && g.Mode.Kernel(addr) && !g.Image.Contains(addr) {
+		g.modules(addr)
 	}
 	all, offset := g.Image.At(addr)
 	if len(all) == 0 {

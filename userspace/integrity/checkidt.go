@@ -4,6 +4,7 @@ package integrity
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
@@ -41,6 +42,7 @@ func (IDTCheck) Objects(g *Guest) []Object {
 			Items: func(g *Guest, _ *kvmaccess.VCPU, data []byte, err error) []Item {
 				return idtItems(g, vcpu, data, err)
 			},
+			Changed: func(g *Guest, old, now []byte) ([]Item, bool) { return changedGates(g, vcpu, old, now) },
 		})
 	}
 	return objects
@@ -115,26 +117,46 @@ func idtItems(g *Guest, vcpu *uint32, data []byte, err error) []Item {
 	stubs := newStubs(g, gates)
 	items := make([]Item, 0, len(gates))
 	for _, gate := range gates {
-		it := Item{Check: checkIDT, Object: "idt", VCPU: vcpu, Entry: ref(gate.Vector), Name: guest.VectorName(gate.Vector), Scope: ScopeImage}
-		it.Value = g.value(gate.Handler)
-		it.Raw = fmt.Sprintf("%s selector %#x DPL %d IST %d%s%s", gate.Kind(), gate.Selector, gate.DPL, gate.IST, present(gate.Present), reservedBits(gate, g.Mode.Long()))
-		it.Value.Detail = it.Raw
-		switch {
-		case !gate.Present:
-			// Nothing can come of it but an exception.
-			it.Scope = ScopeAlways
-			it.Value.Symbol, it.Value.Module = "", ""
-		case gate.Type == guest.TypeTaskGate:
-			// 32-bit Linux has one, for double faults.
-			if g.Linux && (g.Mode.Long() || gate.Vector != 8) {
-				it.Fault = "a task gate"
-			}
-		default:
-			it.Fault = wrongGate(g, gate, stubs, &it.Value)
-		}
-		items = append(items, it)
+		items = append(items, gateItem(g, vcpu, gate, stubs))
 	}
 	return items
+}
+
+// changedGates makes the items of gates that are others than before.
+func changedGates(g *Guest, vcpu *uint32, old, now []byte) ([]Item, bool) {
+	before, gates := guest.ParseIDT(old, g.Mode.Long()), guest.ParseIDT(now, g.Mode.Long())
+	stubs := newStubs(g, gates)
+	if was := newStubs(g, before); len(before) != len(gates) || !stubs.equal(was) {
+		return nil, false // what all others should be is something else
+	}
+	var items []Item
+	for i, gate := range gates {
+		if gate != before[i] {
+			items = append(items, gateItem(g, vcpu, gate, stubs))
+		}
+	}
+	return items, true
+}
+
+func gateItem(g *Guest, vcpu *uint32, gate guest.Gate, stubs stubs) Item {
+	it := Item{Check: checkIDT, Object: "idt", VCPU: vcpu, Entry: ref(gate.Vector), Name: guest.VectorName(gate.Vector), Scope: ScopeImage}
+	it.Value = g.value(gate.Handler)
+	it.Raw = fmt.Sprintf("%s selector %#x DPL %d IST %d%s%s", gate.Kind(), gate.Selector, gate.DPL, gate.IST, present(gate.Present), reservedBits(gate, g.Mode.Long()))
+	it.Value.Detail = it.Raw
+	switch {
+	case !gate.Present:
+		// Nothing can come of it but an exception.
+		it.Scope = ScopeAlways
+		it.Value.Symbol, it.Value.Module = "", ""
+	case gate.Type == guest.TypeTaskGate:
+		// 32-bit Linux has one, for double faults.
+		if g.Linux && (g.Mode.Long() || gate.Vector != 8) {
+			it.Fault = "a task gate"
+		}
+	default:
+		it.Fault = wrongGate(g, gate, stubs, &it.Value)
+	}
+	return it
 }
 
 func present(p bool) string {
@@ -262,6 +284,10 @@ func newStubs(g *Guest, gates []guest.Gate) stubs {
 		}
 	}
 	return s
+}
+
+func (s stubs) equal(o stubs) bool {
+	return slices.Equal(s.rows, o.rows) && s.earlyStart == o.earlyStart && s.earlyStride == o.earlyStride
 }
 
 func (s stubs) fits(gate guest.Gate) bool {

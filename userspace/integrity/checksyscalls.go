@@ -63,6 +63,7 @@ func (SyscallCheck) Objects(g *Guest) []Object {
 			Items: func(g *Guest, _ *kvmaccess.VCPU, data []byte, err error) []Item {
 				return syscallItems(g, table, data, err)
 			},
+			Changed: func(g *Guest, old, now []byte) ([]Item, bool) { return changedSyscalls(g, table, old, now) },
 		})
 	}
 	return objects
@@ -93,31 +94,54 @@ func syscallItems(g *Guest, table string, data []byte, err error) []Item {
 	if data == nil {
 		return []Item{unreadable(checkSyscalls, table, nil, err)}
 	}
-	size := pointerSize(g)
-	n := len(data) / size
-	entry := func(i int) uint64 {
-		if size == 4 {
-			return uint64(binary.LittleEndian.Uint32(data[i*4:]))
-		}
-		return binary.LittleEndian.Uint64(data[i*8:])
-	}
-	for n > 0 && entry(n-1) == 0 { // padding up to the next symbol
-		n--
-	}
-	items := make([]Item, n)
+	items := make([]Item, syscallCount(g, data))
 	for i := range items {
-		it := Item{Check: checkSyscalls, Object: table, Entry: ref(i), Scope: ScopeImage}
-		if table == tableSyscalls && g.Mode.Long() {
-			it.Name = SyscallName(i)
-		}
-		addr := entry(i)
-		it.Value = g.value(addr)
-		if it.Fault = g.outside(addr); it.Fault == "" {
-			it.Fault = wrongSyscall(g, table, it.Name, addr, &it.Value)
-		}
-		items[i] = it
+		items[i] = syscallItem(g, table, i, syscallEntry(g, data, i))
 	}
 	return items
+}
+
+// changedSyscalls makes the items of entries that are others than before.
+func changedSyscalls(g *Guest, table string, old, now []byte) ([]Item, bool) {
+	n := syscallCount(g, now)
+	if n != syscallCount(g, old) {
+		return nil, false // entries came or went
+	}
+	var items []Item
+	for i := range n {
+		if addr := syscallEntry(g, now, i); addr != syscallEntry(g, old, i) {
+			items = append(items, syscallItem(g, table, i, addr))
+		}
+	}
+	return items, true
+}
+
+// syscallCount is how many entries the table has.
+func syscallCount(g *Guest, data []byte) int {
+	n := len(data) / pointerSize(g)
+	for n > 0 && syscallEntry(g, data, n-1) == 0 { // padding up to the next symbol
+		n--
+	}
+	return n
+}
+
+func syscallEntry(g *Guest, data []byte, i int) uint64 {
+	if pointerSize(g) == 4 {
+		return uint64(binary.LittleEndian.Uint32(data[i*4:]))
+	}
+	return binary.LittleEndian.Uint64(data[i*8:])
+}
+
+func syscallItem(g *Guest, table string, i int, addr uint64) Item {
+	it := Item{Check: checkSyscalls, Object: table, Entry: ref(i), Scope: ScopeImage}
+	if table == tableSyscalls && g.Mode.Long() {
+		it.Name = SyscallName(i)
+	}
+	it.Value = g.value(addr)
+	if it.Fault = g.outside(addr); it.Fault == "" {
+		it.Fault = wrongSyscall(g, table, it.Name, addr, &it.Value)
+	}
+	return it
 }
 
 // wrongSyscall says why addr is not the entry point of the named system call.

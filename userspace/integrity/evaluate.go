@@ -22,7 +22,9 @@ func (m *Monitor) evaluate(ctx context.Context) error {
 		}
 		return m.attach(ctx)
 	}
-	m.nameModules(ctx)
+	g := m.g
+	g.modules = m.moduleNamer(ctx)
+	defer func() { g.modules = nil }()
 	if !m.based {
 		m.taken = m.now()
 	}
@@ -40,7 +42,12 @@ func (m *Monitor) evaluate(ctx context.Context) error {
 			}
 		}
 		o.dirty = false
-		m.compare(o, o.Items(m.g, &o.cpu.state, data, err), o.index >= 0 && data == nil)
+		if !m.compareChanged(o, data) {
+			m.compare(o, o.Items(m.g, &o.cpu.state, data, err), o.index >= 0 && data == nil)
+		}
+		if o.Changed != nil {
+			o.made = append(o.made[:0], data...)
+		}
 	}
 	for _, c := range m.cpus {
 		c.dirty = false
@@ -118,6 +125,19 @@ func (m *Monitor) left(ctx context.Context) bool {
 	return guestError(err) || err == nil && (t.GPA != m.textAt || !t.Execute)
 }
 
+// compareChanged takes over those items of an object that changed, if it can
+// tell which they are.
+func (m *Monitor) compareChanged(o *object, data []byte) bool {
+	if o.Changed == nil || len(o.made) != len(data) || len(data) == 0 {
+		return false
+	}
+	items, ok := o.Changed(m.g, o.made, data)
+	for i := range items {
+		m.track(items[i].key(), &items[i], true)
+	}
+	return ok
+}
+
 // compare takes over the items of an object.
 func (m *Monitor) compare(o *object, items []Item, failed bool) {
 	known := false
@@ -157,28 +177,30 @@ func (m *Monitor) track(k itemKey, it *Item, isNew bool) {
 		t = &tracked{}
 		m.items[k] = t
 		if isNew {
-			t.base = &Item{Check: it.Check, Object: it.Object, VCPU: it.VCPU, Entry: it.Entry, Name: it.Name, Raw: "absent", Scope: it.Scope}
-			t.base.Value.Detail = "absent"
+			base := &Item{Check: it.Check, Object: it.Object, VCPU: it.VCPU, Entry: it.Entry, Name: it.Name, Raw: "absent", Scope: it.Scope}
+			base.Value.Detail = "absent"
+			m.setBase(t, base)
 		}
 	}
 	if t.base == nil {
 		base := *it
-		t.base = &base
+		m.setBase(t, &base)
 	}
 	changed := !it.same(t.base, 0)
 	if it.Fault == "" && (changed && t.base.Fault != "" || it.Flag && it.Value.Value > t.base.Value.Value) {
 		// What was wrong from the start was put right, or a guard was added.
 		base := *it
-		t.base, changed = &base, false
+		m.setBase(t, &base)
+		changed = false
 	}
 	bad := changed || it.Fault != ""
 	switch {
 	case bad && (t.open == nil || t.last.Value.Value != it.Value.Value || t.last.Raw != it.Raw):
-		t.open = m.finding(it, t.base, changed)
+		m.setOpen(k, t, m.finding(it, t.base, changed))
 		m.emit(*t.open)
 	case !bad && t.open != nil:
 		m.emit(m.cleared(it, t))
-		t.open = nil
+		m.setOpen(k, t, nil)
 	}
 	t.last = *it
 }
@@ -193,7 +215,7 @@ func (m *Monitor) vanish(k itemKey) {
 			f.Message = fmt.Sprintf("%s can be read again", t.last.subject(m.vm))
 			m.emit(f)
 		}
-		delete(m.items, k)
+		m.drop(k)
 		return
 	}
 	if t.base == nil || t.base.Raw == "absent" {
@@ -203,7 +225,7 @@ func (m *Monitor) vanish(k itemKey) {
 			f.Message = fmt.Sprintf("%s is gone again", t.last.subject(m.vm))
 			m.emit(f)
 		}
-		delete(m.items, k)
+		m.drop(k)
 		return
 	}
 	if t.last.Raw == "absent" {
@@ -211,7 +233,7 @@ func (m *Monitor) vanish(k itemKey) {
 	}
 	gone := *t.base
 	gone.Raw, gone.Value, gone.Fault = "absent", Value{Detail: "absent"}, "the table has become shorter"
-	t.open = m.finding(&gone, t.base, true)
+	m.setOpen(k, t, m.finding(&gone, t.base, true))
 	m.emit(*t.open)
 	t.last = gone
 }

@@ -201,29 +201,42 @@ func (m *Monitor) verify(ctx context.Context, now time.Time) bool {
 	return true
 }
 
-// nameModules takes up which modules there are by now, to name handlers.
-func (m *Monitor) nameModules(ctx context.Context) {
-	k := m.g.Kernel
+// moduleNamer is Guest.modules for one evaluation: which modules there are by now
+// is looked at once, and all of them are read where that is called for.
+func (m *Monitor) moduleNamer(ctx context.Context) func(addr uint64) {
+	g, k := m.g, m.g.Kernel
 	if k == nil || k.Types == nil {
-		return
+		return nil
 	}
-	// Not through the VMM, which may take long.
-	memory := k.Space.Memory
-	k.Space.Memory = sourceMemory{m.src, m.vm.ID}
-	defer func() { k.Space.Memory = memory }()
-	if d := m.now().Sub(m.refreshed); d >= 0 && d < max(modulesEvery, modulesShare*m.modulesTook) {
-		if m.g.Image = k.Image; !k.SameModules(ctx) {
-			// Another one may be where one was: no name is better than a wrong one.
-			m.g.Image = k.Image.WithoutModules()
+	same := false // modules as before, so that names hold
+	return func(addr uint64) {
+		if same && k.Image.Name(addr) != "" {
+			return
 		}
-		return
+		// Not through the VMM, which may take long.
+		memory := k.Space.Memory
+		k.Space.Memory = sourceMemory{m.src, m.vm.ID}
+		defer func() { k.Space.Memory = memory }()
+		d := m.now().Sub(m.refreshed)
+		seldom := d >= 0 && d < max(modulesEvery, modulesShare*m.modulesTook)
+		g.Image = k.Image
+		switch same = same || k.SameModules(ctx); {
+		case same && !seldom && k.Image.Name(addr) != "":
+			return
+		case same && seldom:
+		case seldom:
+			// Another one may be where one was: no name is better than a wrong one.
+			g.Image = k.Image.WithoutModules()
+		default:
+			m.refreshed = m.now()
+			start := time.Now()
+			// What cannot be read is not named; the next look may find it in order.
+			if err := k.ReadModules(ctx); err != nil && !guestError(err) {
+				m.status.Unread++
+			}
+			m.modulesTook = time.Since(start)
+			g.Image = k.Image
+		}
+		g.modules = nil
 	}
-	m.refreshed = m.now()
-	start := time.Now()
-	// What cannot be read is not named; the next look may find it in order.
-	if err := k.ReadModules(ctx); err != nil && !guestError(err) {
-		m.status.Unread++
-	}
-	m.modulesTook = time.Since(start)
-	m.g.Image = k.Image
 }

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -243,4 +244,62 @@ func TestSpeakingRestarts(t *testing.T) {
 	if a := m.kernel.Image.Symbols; a == nil || a != m.g.Image.Symbols {
 		t.Error("not the kernel's symbols are used")
 	}
+}
+
+// A handler in a module has its name, whether that was loaded before or not; and
+// while another module may be where one was, none.
+func TestModuleNamed(t *testing.T) {
+	f, err := os.Open("../guest/testdata/whole/debian12.snapshot.xz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s, err := guest.ReadSnapshot(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &world{Machine: s.Machine(), t: t, pages: s.Pages, clock: time.Unix(1700000000, 0)}
+	m := w.monitor(Options{Settle: -1})
+	w.quiet(m)
+	w.watching(m)
+	k := m.g.Kernel
+	w.image = k.Image
+	var modules []guest.Symbol
+	for sym := range k.Image.All() {
+		if sym.Module != "" && sym.Type == 't' && !slices.ContainsFunc(modules, func(o guest.Symbol) bool { return o.Module == sym.Module }) {
+			modules = append(modules, sym)
+		}
+	}
+	if len(modules) < 2 {
+		t.Fatalf("%d modules", len(modules))
+	}
+	table := w.at("sys_call_table")
+	hook := func(nr, at uint64, want guest.Symbol) {
+		t.Helper()
+		w.put(table+8*nr, at)
+		found := w.tick(m)
+		if len(found) != 1 || found[0].New == nil || found[0].New.Symbol != want.Name || found[0].New.Module != want.Module {
+			t.Errorf("%+v, want %s [%s]", found, want.Name, want.Module)
+		}
+	}
+	image := k.Image
+	hook(59, modules[0].Address, modules[0])
+	w.clock = w.clock.Add(time.Hour)
+	hook(60, modules[1].Address, modules[1])
+	if k.Image != image {
+		t.Error("all modules were read anew, though none was loaded")
+	}
+	// One that was not there yet.
+	k.Image = image.WithoutModules()
+	hook(61, modules[0].Address, modules[0])
+	if m.g.Image == image {
+		t.Error("the module was not looked for")
+	}
+	// Another one is the newest, and it is too soon to read all.
+	head := w.at("modules")
+	first := w.put(head, 0)
+	w.put(head, head)
+	hook(62, modules[1].Address, guest.Symbol{})
+	w.put(head, first)
+	w.quiet(m)
 }

@@ -130,11 +130,13 @@ type Monitor struct {
 	settling time.Time
 	seen     [32]byte
 
-	based bool
-	taken time.Time
-	boot  Hex
-	items map[itemKey]*tracked
-	queue []Finding
+	based  bool
+	taken  time.Time
+	boot   Hex
+	items  map[itemKey]*tracked
+	open   map[itemKey]*tracked // those of items of which a finding holds
+	listed []Item               // for Baseline; nil: to be made
+	queue  []Finding
 
 	status Status
 }
@@ -158,6 +160,7 @@ type object struct {
 	cpu   *cpu
 	index int // of its Memory in ranges; -1: it has none
 	dirty bool
+	made  []byte // what its items were made of last, if it has Changed; empty: nothing
 }
 
 // tracked is the state of one item.
@@ -188,7 +191,7 @@ func NewMonitor(src Source, vm VM, opts Options) (*Monitor, error) {
 	if err := checkRanges(opts.Ranges); err != nil {
 		return nil, err
 	}
-	m := &Monitor{src: src, vm: vm, opts: opts, checks: opts.Checks, mem: opts.Memory, now: opts.Now, items: map[itemKey]*tracked{}}
+	m := &Monitor{src: src, vm: vm, opts: opts, checks: opts.Checks, mem: opts.Memory, now: opts.Now, items: map[itemKey]*tracked{}, open: map[itemKey]*tracked{}}
 	if m.checks == nil {
 		m.checks = Checks()
 	}
@@ -568,7 +571,7 @@ func unreadableError(err error) bool {
 func (m *Monitor) wait(reason string) {
 	m.g = nil
 	m.cpus, m.leader = nil, nil
-	m.objects, m.ranges, m.data, m.errs = nil, nil, nil, nil
+	m.objects, m.ranges, m.data, m.errs, m.places = nil, nil, nil, nil, nil
 	m.status.State, m.status.Reason = StateWaiting, reason
 	m.status.VCPUs, m.status.Waiting, m.status.Bytes = 0, 0, 0
 }
@@ -591,12 +594,7 @@ func (m *Monitor) flush() []Finding {
 func (m *Monitor) Status() Status {
 	s := m.status
 	s.Pending = len(m.queue)
-	s.Open = 0
-	for _, t := range m.items {
-		if t.open != nil {
-			s.Open++
-		}
-	}
+	s.Open = len(m.open)
 	s.Problems = slices.Clone(s.Problems)
 	return s
 }

@@ -190,6 +190,8 @@ type place struct {
 	offset    uint64 // in that
 }
 
+func (p place) has(gpa uint64) bool { return gpa >= p.gpa && gpa-p.gpa < p.size }
+
 // watchMemory lists the ranges as they were read last, and the way to them.
 func (m *Monitor) watchMemory(ctx context.Context, list *WatchList) error {
 	root := m.root
@@ -304,6 +306,115 @@ func (e tableEntry) item(what string) WatchItem {
 	return WatchItem{Item: kvmaccess.Item{Kind: kvmaccess.KindEntry, GPA: e.gpa, Value: e.value, Mask: e.mask}, What: what}
 }
 
+// mostPlaces bounds what Reread reads; the Tick after it reads the rest.
+const mostPlaces = 16
+
+// Reread reads again the memory that events of the module are of, and nothing
+// else, and returns what is to be said of that: it is soon done, and says what
+// the Tick that is to follow would say of that memory. Where it takes more than
+// that memory to tell, it says nothing: when registers changed as well, which may
+// be a restart, or when something cannot be read. told, which may be shorter than
+// events, says which of them are of a change that was there.
+func (m *Monitor) Reread(ctx context.Context, events []kvmaccess.WatchEvent) (findings []Finding, told []bool, err error) {
+	if m.g == nil || m.status.State != StateWatching {
+		return nil, nil, nil
+	}
+	places := m.eventPlaces(events)
+	if len(places) == 0 || !m.still(ctx, places) {
+		return nil, nil, nil
+	}
+	root := m.root
+	if !m.rootFixed {
+		root = m.currentRoot()
+	}
+	ranges := make([]kvmaccess.Range, len(places))
+	for i, p := range places {
+		ranges[i] = kvmaccess.Range{Address: m.ranges[p.index].Address + p.offset, Length: uint32(p.size)}
+	}
+	out, err := m.src.ReadVirtual(ctx, m.vm.ID, m.leader.state.ID, root, ranges...)
+	if err != nil || len(out) != len(ranges) {
+		return nil, nil, nil // Tick tries more, and says what is wrong
+	}
+	changed := false
+	told = make([]bool, len(events))
+	for i, p := range places {
+		if out[i].Err != nil || uint64(len(out[i].Data)) != p.size {
+			continue
+		}
+		for j := range events {
+			if e := &events[j]; memoryEvent(e) && p.has(e.GPA) {
+				at := e.GPA - p.gpa
+				n := min(uint64(max(1, len(e.Data))), p.size-at)
+				told[j] = told[j] || !bytes.Equal(out[i].Data[at:at+n], m.data[p.index][p.offset+at:][:n])
+			}
+		}
+		changed = m.put(p.index, p.offset, out[i].Data) || changed
+	}
+	if !changed {
+		return nil, nil, nil
+	}
+	m.status.Slow++
+	if err := m.evaluate(ctx); err != nil {
+		return nil, told, err
+	}
+	return m.flush(), told, nil
+}
+
+// memoryEvent says whether an event is of bytes that became others, or what they
+// were.
+func memoryEvent(e *kvmaccess.WatchEvent) bool {
+	return e.Kind == kvmaccess.KindBytes && (e.State == kvmaccess.StateDifferent || e.State == kvmaccess.StateExpected)
+}
+
+// eventPlaces are those that events are of, each once.
+func (m *Monitor) eventPlaces(events []kvmaccess.WatchEvent) []place {
+	var places []place
+	for i := range events {
+		if !memoryEvent(&events[i]) {
+			continue
+		}
+		for _, p := range m.places {
+			if p.has(events[i].GPA) && m.data[p.index] != nil && !slices.Contains(places, p) {
+				places = append(places, p)
+			}
+		}
+		if len(places) >= mostPlaces {
+			break
+		}
+	}
+	return places
+}
+
+// still says whether the vCPUs that tell of a restart, by whose page tables
+// memory is read, and whose tables are in these places are as they were.
+func (m *Monitor) still(ctx context.Context, places []place) bool {
+	cpus := []*cpu{m.cpus[0]}
+	add := func(c *cpu) {
+		if !slices.Contains(cpus, c) {
+			cpus = append(cpus, c)
+		}
+	}
+	add(m.leader)
+	for i := range m.objects {
+		o := &m.objects[i]
+		if o.VCPU != nil && slices.ContainsFunc(places, func(p place) bool { return p.index == o.index }) {
+			add(o.cpu)
+		}
+	}
+	for _, c := range cpus {
+		if !c.ready || !c.settled {
+			return false
+		}
+		state, err := m.src.VCPU(ctx, m.vm.ID, c.state.ID)
+		restoreLimits(&state.Registers, &c.state.Registers)
+		if err != nil || state.Flags&(kvmaccess.VCPUNested|kvmaccess.VCPUSMM) != 0 || readyReason(&state) != "" || watch(&state) != c.watch {
+			return false
+		}
+		c.state = state
+	}
+	return true
+}
+
 // See takes the guest to have been, for a moment, as an event of the module
 // says, which the Tick that followed did not see any more, and returns what is
 // to be said of that. The next Tick sees the guest as it is.
@@ -344,22 +455,26 @@ func (m *Monitor) See(ctx context.Context, e kvmaccess.WatchEvent) ([]Finding, e
 // seeBytes puts bytes into what was read last.
 func (m *Monitor) seeBytes(gpa uint64, data []byte) (changed bool) {
 	for _, p := range m.places {
-		if gpa < p.gpa || gpa-p.gpa >= p.size || m.data[p.index] == nil {
+		if !p.has(gpa) || m.data[p.index] == nil {
 			continue
 		}
-		at := p.offset + gpa - p.gpa
-		old := m.data[p.index][at:]
 		n := min(uint64(len(data)), p.size-(gpa-p.gpa))
-		if bytes.Equal(old[:n], data[:n]) {
-			continue
-		}
-		copy(old, data[:n])
-		changed = true
-		for i := range m.objects {
-			if m.objects[i].index == p.index {
-				m.objects[i].dirty = true
-			}
-		}
+		changed = m.put(p.index, p.offset+gpa-p.gpa, data[:n]) || changed
 	}
 	return changed
+}
+
+// put puts bytes into what was read last of a range.
+func (m *Monitor) put(index int, offset uint64, data []byte) (changed bool) {
+	old := m.data[index][offset:][:len(data)]
+	if bytes.Equal(old, data) {
+		return false
+	}
+	copy(old, data)
+	for i := range m.objects {
+		if m.objects[i].index == index {
+			m.objects[i].dirty = true
+		}
+	}
+	return true
 }

@@ -9,11 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/kvmaccess/kvmaccess/userspace/guest"
 	"github.com/kvmaccess/kvmaccess/userspace/kvmaccess"
@@ -308,6 +311,195 @@ func TestSee(t *testing.T) {
 			}
 			w.quiet(m)
 		})
+	}
+}
+
+// What events are of is told first, and with the round that follows it is what a
+// round alone tells.
+func TestReread(t *testing.T) {
+	for _, a := range attacks {
+		t.Run(a.name, func(t *testing.T) {
+			w := debian(t)
+			opts := Options{Symbols: w.symbols, Ranges: entryRange, Settle: -1}
+			m, alone := w.monitor(opts), w.monitor(opts)
+			w.quiet(m)
+			w.quiet(alone)
+			round := func() {
+				t.Helper()
+				events := w.differing(w.items(m))
+				memory := len(events) > 0 && !slices.ContainsFunc(events, func(e kvmaccess.WatchEvent) bool { return e.Kind != kvmaccess.KindBytes })
+				first, _, err := m.Reread(t.Context(), events)
+				if err != nil {
+					t.Fatal(err)
+				}
+				rest, whole := w.tick(m), w.tick(alone)
+				if memory && len(rest) > 0 {
+					t.Errorf("left to the round by %+v: %q", events, texts(rest))
+				}
+				if diff := cmp.Diff(sorted(texts(whole)), sorted(texts(append(first, rest...)))); diff != "" {
+					t.Errorf("-round alone +by events first\n%s", diff)
+				}
+				if again, told, err := m.Reread(t.Context(), events); len(again) > 0 || len(told) > 0 || err != nil {
+					t.Errorf("twice: %q, %v", texts(again), err)
+				}
+				if diff := cmp.Diff(alone.Baseline(), m.Baseline(), cmpopts.IgnoreTypes(time.Time{})); diff != "" {
+					t.Errorf("baseline -round alone +by events first\n%s", diff)
+				}
+			}
+			undo := a.do(w)
+			round()
+			undo()
+			round()
+		})
+	}
+}
+
+// Where registers are others, or the guest does not run its kernel, memory alone
+// tells nothing: it may be a restart.
+func TestRereadLeavesRestarts(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(v *kvmaccess.VCPU)
+	}{
+		{"reset", func(v *kvmaccess.VCPU) { v.CR0 &^= guest.CR0PE | guest.CR0PG }},
+		{"another entry", func(v *kvmaccess.VCPU) { v.LSTAR += 0x1000000 }},
+		{"another table", func(v *kvmaccess.VCPU) { v.IDTR.Base += 0x1000 }},
+		{"nested", func(v *kvmaccess.VCPU) { v.Flags |= kvmaccess.VCPUNested }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := debian(t)
+			m := w.monitor(Options{Symbols: w.symbols, Settle: -1})
+			w.quiet(m)
+			list := w.items(m)
+			at, was := w.at("sys_call_table")+8*59, w.CPUs[0]
+			old := w.put(at, w.at("sys_call_table"))
+			events := slices.DeleteFunc(w.differing(list), func(e kvmaccess.WatchEvent) bool { return e.Kind != kvmaccess.KindBytes })
+			tt.change(&w.CPUs[0])
+			if found, told, err := m.Reread(t.Context(), events); len(events) == 0 || len(found) > 0 || len(told) > 0 || err != nil {
+				t.Errorf("of %d events: %q, %v", len(events), texts(found), err)
+			}
+			w.CPUs[0] = was
+			if found, told, err := m.Reread(t.Context(), events); len(found) != 1 || len(told) == 0 || !told[0] || err != nil {
+				t.Errorf("with the registers as they were: %q, %v", texts(found), err)
+			}
+			w.put(at, old)
+			if found, _, err := m.Reread(t.Context(), events); len(found) != 1 || found[0].Kind != KindCleared || err != nil {
+				t.Errorf("as before: %q, %v", texts(found), err)
+			}
+			w.quiet(m)
+		})
+	}
+}
+
+// wholeCheck is a Check of which all items are made anew at each change.
+type wholeCheck struct{ Check }
+
+func (c wholeCheck) Objects(g *Guest) []Object {
+	all := c.Check.Objects(g)
+	for i := range all {
+		all[i].Changed = nil
+	}
+	return all
+}
+
+// To make the items of what changed is to make all items.
+func TestChanged(t *testing.T) {
+	w := debian(t)
+	opts := Options{Symbols: w.symbols, Ranges: entryRange, Settle: -1}
+	m := w.monitor(opts)
+	for _, c := range Checks() {
+		opts.Checks = append(opts.Checks, wholeCheck{c})
+	}
+	whole := w.monitor(opts)
+	w.quiet(m)
+	w.quiet(whole)
+	const size = 8
+	idt, table := w.CPUs[0].IDTR.Base, w.at("sys_call_table")
+	length := uint64(0)
+	for i, o := range m.objects {
+		if o.Name == tableSyscalls {
+			length = uint64(len(m.data[m.objects[i].index]))
+		}
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	place := func() uint64 {
+		if random.IntN(3) == 0 {
+			return idt + size*random.Uint64N(512)
+		}
+		if random.IntN(4) == 0 {
+			return table + length - size*(1+random.Uint64N(4)) // entries come and go
+		}
+		return table + size*random.Uint64N(length/size)
+	}
+	old := map[uint64]uint64{}
+	total := 0
+	for range 400 {
+		for range 1 + random.IntN(3) {
+			at := place()
+			value := w.put(at, 0)
+			if _, ok := old[at]; !ok {
+				old[at] = value
+			}
+			switch random.IntN(5) {
+			case 0: // stays so
+			case 1:
+				w.put(at, random.Uint64())
+			case 2:
+				w.put(at, value^1<<random.IntN(64))
+			case 3:
+				w.put(at, w.at("__x64_sys_kill"))
+			case 4:
+				w.put(at, old[at])
+			}
+		}
+		if random.IntN(20) == 0 {
+			for at, value := range old {
+				w.put(at, value)
+			}
+		}
+		found, err1 := m.Tick(t.Context())
+		all, err2 := whole.Tick(t.Context())
+		if err1 != nil || err2 != nil {
+			t.Fatal(err1, err2)
+		}
+		total += len(found)
+		if diff := cmp.Diff(sorted(texts(all)), sorted(texts(found))); diff != "" {
+			t.Fatalf("-of all items +of what changed\n%s", diff)
+		}
+		if diff := cmp.Diff(whole.Baseline(), m.Baseline(), cmpopts.IgnoreFields(Baseline{}, "Taken")); diff != "" {
+			t.Fatalf("baseline -of all items +of what changed\n%s", diff)
+		}
+		w.clock = w.clock.Add(time.Millisecond)
+	}
+	if total < 400 {
+		t.Errorf("%d findings", total)
+	}
+}
+
+// A Baseline that was returned stays as it is, and says whether its items are
+// those of the next one.
+func TestBaselineItems(t *testing.T) {
+	w := debian(t)
+	m := w.monitor(Options{Symbols: w.symbols, Settle: -1})
+	w.quiet(m)
+	before := m.Baseline()
+	old := w.put(w.at("sys_call_table")+8*59, 0x1234)
+	if found := w.tick(m); len(found) != 1 {
+		t.Fatalf("%q", texts(found))
+	}
+	during := m.Baseline()
+	if !during.SameItems(&before) || len(before.Open) != 0 || len(during.Open) != 1 {
+		t.Errorf("same %t, open %d, then %d", during.SameItems(&before), len(before.Open), len(during.Open))
+	}
+	w.put(w.at("sys_call_table")+8*59, old)
+	w.CPUs[0].CR4 |= guest.CR4CET // a guard is added
+	w.tick(m)
+	after := m.Baseline()
+	if after.SameItems(&before) || len(after.Open) != 0 {
+		t.Errorf("after a guard was added: same %t, open %d", after.SameItems(&before), len(after.Open))
+	}
+	if diff := cmp.Diff(before.Items, during.Items); diff != "" {
+		t.Errorf("-before +during\n%s", diff)
 	}
 }
 
