@@ -84,8 +84,7 @@ static __always_inline bool read_entry(const u64 *table, unsigned long index, u6
 bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 			     struct kvmaccess_hostpage_path *path)
 {
-	unsigned long size = PUD_SIZE;
-	u64 pa, entry;
+	u64 pa, entry, within = PUD_SIZE - PMD_SIZE;
 
 	lockdep_assert_irqs_disabled();
 
@@ -111,12 +110,12 @@ bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 	if (path->table) {
 		if (!read_entry(path->table, hva >> PMD_SHIFT, &entry))
 			return false;
-		size = PMD_SIZE;
+		within = 0;
 	}
 	/* It is there by this alone while it is being split. */
 	path->large = entry & _PAGE_PSE;
 	if (path->large) {
-		pa = (address_in(entry) & ~(size - 1)) | (hva & (size - 1) & PMD_MASK);
+		pa = (address_in(entry) & PMD_MASK & ~within) | (hva & within);
 		path->at = map(pa, PMD_SIZE);
 	} else {
 		path->at = table_of(entry);
