@@ -179,10 +179,11 @@ test-la57: build fixture ## test guests with 5-level paging, and watches, on a p
 	go test -v -count=1 -timeout 10m -tags kvmhost,la57 -run '^Test(Mode5Level|Watch(Items|Backings|LeavesPagesAlone))$$' \
 		-exec '$(abspath $(FIXTURE)) run --cpu max --suite $(SUITE) --timeout 10m --' ./vm-fixtures/tests
 
-# The stress takes SEED=N to send again what a run of that seed sent.
+# Its kernel has no /dev/mem. The stress takes SEED=N to send again what a run of
+# that seed sent.
 .PHONY: test-sanitizers
 test-sanitizers: build fixture ## test on a kernel with KASAN, lockdep, kmemleak, failing allocations; then loads no sane program causes
-	$(call test_on,sanitizers,-skip '^TestStress$$',run --suite sanitizers)
+	$(call test_on,sanitizers,-skip '^Test(Stress|WatchDeviceMemory)$$',run --suite sanitizers)
 	@echo '== stress'
 	$(FIXTURE) run --suite sanitizers --timeout 180m -- $(BIN)/stress $(SEED:%=--seed %) $(STRESS)
 

@@ -21,6 +21,13 @@ static noinline bool are_known(u64 pa, unsigned long size)
 	return pfn_valid(PHYS_PFN(pa)) && pfn_valid(PHYS_PFN(pa + size - 1));
 }
 
+static __always_inline bool is_below_end(u64 pa, unsigned long size)
+{
+	unsigned long end = (unsigned long)READ_ONCE(high_memory) - PAGE_OFFSET;
+
+	return pa >= ISA_END_ADDRESS && pa + size <= end;
+}
+
 /*
  * Where the kernel has what is at the physical address @pa, for @size bytes from
  * there on; NULL if that is not where it maps memory.
@@ -40,9 +47,8 @@ static noinline bool are_known(u64 pa, unsigned long size)
  */
 static __always_inline const void *map(u64 pa, unsigned long size)
 {
-	unsigned long end = (unsigned long)READ_ONCE(high_memory) - PAGE_OFFSET;
-
-	if (unlikely(pa < ISA_END_ADDRESS || (pa + size > end && !are_known(pa, size))))
+	if (unlikely(!is_below_end(pa, size) &&
+		     (pa < ISA_END_ADDRESS || !are_known(pa, size))))
 		return NULL;
 	return __va(pa);
 }
@@ -81,11 +87,10 @@ static __always_inline bool read_entry(const u64 *table, unsigned long index, u6
  * moment in which it gives the page up, hides nothing that the next look would
  * not find.
  */
-bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
-			     struct kvmaccess_hostpage_path *path)
+static noinline bool find(struct mm_struct *mm, unsigned long hva,
+			  struct kvmaccess_hostpage_path *path)
 {
-	unsigned long size = PUD_SIZE;
-	u64 pa, entry;
+	u64 pa, entry, within = PUD_SIZE - PMD_SIZE;
 
 	lockdep_assert_irqs_disabled();
 
@@ -111,12 +116,12 @@ bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 	if (path->table) {
 		if (!read_entry(path->table, hva >> PMD_SHIFT, &entry))
 			return false;
-		size = PMD_SIZE;
+		within = 0;
 	}
 	/* It is there by this alone while it is being split. */
 	path->large = entry & _PAGE_PSE;
 	if (path->large) {
-		pa = (address_in(entry) & ~(size - 1)) | (hva & (size - 1) & PMD_MASK);
+		pa = (address_in(entry) & PMD_MASK & ~within) | (hva & within);
 		path->at = map(pa, PMD_SIZE);
 	} else {
 		path->at = table_of(entry);
@@ -124,6 +129,25 @@ bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
 	if (path->at)
 		path->region = hva >> PMD_SHIFT;
 	return path->at;
+}
+
+/* The same; at once if it is a large page, and of the 1 GiB of the last one. */
+bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
+			     struct kvmaccess_hostpage_path *path)
+{
+	u64 entry, pa;
+
+	if (path->wide != hva >> PUD_SHIFT ||
+	    !read_entry(path->table, hva >> PMD_SHIFT, &entry) ||
+	    !(entry & _PAGE_PRESENT) || !(entry & _PAGE_PSE))
+		return find(mm, hva, path);
+	pa = entry & PTE_PFN_MASK & PMD_MASK;
+	if (!is_below_end(pa, PMD_SIZE))
+		return find(mm, hva, path);
+	path->at = __va(pa);
+	path->large = true;
+	path->region = hva >> PMD_SHIFT;
+	return true;
 }
 
 /* What is at @hva by this table, which may not be one any more; see above. */

@@ -50,52 +50,57 @@ void kvmaccess_item_free(struct kvmaccess_item *item)
 	kfree(item);
 }
 
-/* Words that are compared before a loop goes round. */
-#define MANY	32
-#define SOME	4
+/* Go to 9 if the word at .Lat differs or cannot be read, or on to the next. */
+#define COMPARE_WORD	"8: movq .Lat(%[have],%[i]), %[word]\n\t"	\
+			"cmpq .Lat(%[want],%[i]), %[word]\n\t"		\
+			"jne 9f\n\t"					\
+			KVMACCESS_HOSTPAGE_FIXUP(8b, 9f)		\
+			".set .Lat, .Lat + 8\n\t"
 
 /*
- * Whether the first @length bytes of @have, of which there are one or more times
- * @words words, can be read and are like those of @want. Three instructions for
- * 8 bytes, and two more for each time.
+ * Whether what is at @at, where a page of the host is, is as expected. Three
+ * instructions for 8 bytes, and two more each time that a loop goes round: of
+ * 256 bytes, of 32, and of 8.
  */
-static __always_inline bool are_equal(const void *have, const void *want, u32 length,
-				      const int words)
-{
-	long i = -(long)length;
-	u64 word;
-
-	asm volatile("1:\n\t"
-		     ".set .Lat, 0\n\t"
-		     ".rept %c[words]\n\t"
-		     "2: movq .Lat(%[have],%[i]), %[word]\n\t"
-		     "cmpq .Lat(%[want],%[i]), %[word]\n\t"
-		     "jne 3f\n\t"
-		     KVMACCESS_HOSTPAGE_FIXUP(2b, 3f)
-		     ".set .Lat, .Lat + 8\n\t"
-		     ".endr\n\t"
-		     "addq %[bytes], %[i]\n\t"
-		     "jnz 1b\n\t"
-		     "3:\n\t"
-		     : [i] "+r"(i), [word] "=&r"(word)
-		     : [have] "r"(have + length), [want] "r"(want + length),
-		       [words] "i"(words), [bytes] "i"(8 * words)
-		     : "cc", "memory");
-	return !i;
-}
-
-/* Whether what is at @at, where a page of the host is, is as expected. */
 bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
 {
-	u32 many = round_down(length, 8 * MANY), some = round_down(length, 8 * SOME);
 	u32 words = round_down(length, 8);
+	/* What is left, subtracted from what a turn takes; above 0 there is no turn. */
+	long i = 256 - (long)words;
+	u64 word;
 	u8 byte;
 
-	if (many && !are_equal(at, expected, many, MANY))
-		return false;
-	if (some > many && !are_equal(at + many, expected + many, some - many, SOME))
-		return false;
-	if (words > some && !are_equal(at + some, expected + some, words - some, 1))
+	asm volatile("testq %[i], %[i]\n\t"
+		     "jg 2f\n\t"
+		     "1:\n\t"
+		     ".set .Lat, -256\n\t"
+		     ".rept 32\n\t"
+		     COMPARE_WORD
+		     ".endr\n\t"
+		     "addq $256, %[i]\n\t"
+		     "jle 1b\n\t"
+		     "2: subq $(256 - 32), %[i]\n\t"
+		     "jg 4f\n\t"
+		     "3:\n\t"
+		     ".set .Lat, -32\n\t"
+		     ".rept 4\n\t"
+		     COMPARE_WORD
+		     ".endr\n\t"
+		     "addq $32, %[i]\n\t"
+		     "jle 3b\n\t"
+		     "4: subq $(32 - 8), %[i]\n\t"
+		     "jg 9f\n\t"
+		     "5:\n\t"
+		     ".set .Lat, -8\n\t"
+		     COMPARE_WORD
+		     "addq $8, %[i]\n\t"
+		     "jle 5b\n\t"
+		     "9:\n\t"
+		     : [i] "+r"(i), [word] "=&r"(word)
+		     : [have] "r"(at + words), [want] "r"(expected + words)
+		     : "cc", "memory");
+	/* Amid a turn. */
+	if (i <= 0)
 		return false;
 	for (; words < length; words++) {
 		if (!kvmaccess_hostpage_get_byte(&byte, at + words) ||

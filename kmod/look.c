@@ -221,11 +221,22 @@ static int compare_gpa(void *unused, const struct list_head *a, const struct lis
 
 /*
  * Before the timer may look, and after all memory has been looked at: bring what
- * shares the way to its pages together. The order means nothing else.
+ * shares the way to its pages together, which is all that the order means, and
+ * find out by which memslots it is known: none, if it was not by the same.
  */
-void kvmaccess_look_sort(struct kvmaccess_watch *w)
+void kvmaccess_look_prepare(struct kvmaccess_watch *w)
 {
+	struct kvmaccess_item *item;
+
 	list_sort(NULL, &w->memory, compare_gpa);
+	item = list_first_entry_or_null(&w->memory, struct kvmaccess_item, list);
+	w->generation = item ? item->generation : 0;
+	list_for_each_entry(item, &w->memory, list) {
+		if (item->generation != w->generation) {
+			w->generation = ~0ULL;
+			break;
+		}
+	}
 }
 
 /*
@@ -240,13 +251,14 @@ bool kvmaccess_look_is_memory_expected(struct kvmaccess_watch *w)
 	u64 generation = __kvm_memslots(kvm, 0)->generation;
 	struct mm_struct *mm = kvm->mm;
 	struct kvmaccess_item *item;
-	bool expected = true;
+	bool expected = w->generation == generation || list_empty(&w->memory);
 
-	list_for_each_entry(item, &w->memory, list) {
-		expected = item->generation == generation &&
-			   is_expected(mm, item, &path);
-		if (!expected)
-			break;
+	if (expected) {
+		list_for_each_entry(item, &w->memory, list) {
+			expected = is_expected(mm, item, &path);
+			if (!expected)
+				break;
+		}
 	}
 	srcu_read_unlock(&kvm->srcu, idx);
 	return expected;

@@ -197,8 +197,8 @@ static void finish(struct kvmaccess_watch *w)
 	bool quick = is_quick(w);
 
 	w->walking = false;
-	if (quick && !w->quick)
-		kvmaccess_look_sort(w);
+	if (quick)
+		kvmaccess_look_prepare(w);
 	w->quick = quick;
 	w->stats.compared += w->stats.bytes;
 	kvmaccess_account_tick(&w->vm->account, w->spent, w->stats.bytes);

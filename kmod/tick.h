@@ -50,6 +50,7 @@ struct kvmaccess_watch {
 	struct list_head digests;
 	struct list_head registers;
 	unsigned int nr_registers;
+	u64 generation;			/* of the memslots by which the timer knows memory */
 	u64 wanted;			/* BIT_ULL()s of those, and maybe of others */
 	struct kvmaccess_watched_vcpu *vcpus;
 	unsigned int nr_vcpus;
@@ -84,7 +85,7 @@ u64 kvmaccess_tick_period(const struct kvmaccess_watch *watch);
 void __init kvmaccess_look_init(void);
 void kvmaccess_look_begin(struct kvmaccess_watch *watch);
 bool __must_check kvmaccess_look(struct kvmaccess_watch *watch);
-void kvmaccess_look_sort(struct kvmaccess_watch *watch);
+void kvmaccess_look_prepare(struct kvmaccess_watch *watch);
 bool kvmaccess_look_is_memory_expected(struct kvmaccess_watch *watch);
 int kvmaccess_look_at_vcpus_here(struct kvmaccess_watch *watch);
 
