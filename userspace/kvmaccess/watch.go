@@ -103,8 +103,8 @@ type WatchStats struct {
 // maxEvents is how many events wait in a Watcher before it drops some.
 const maxEvents = 1 << 16
 
-// watchBuffer is the size of the socket's buffer, in bytes. Events have a quarter
-// of it: some thousand of them.
+// watchBuffer is the size of the socket's buffer, in bytes. Of that the module
+// gives events 512 KiB; the rest is for answers, and for watches that end at once.
 const watchBuffer = 8 << 20
 
 // Watcher owns watches and receives their events, by one socket. All of them

@@ -53,7 +53,7 @@ func loadModule() error { return boot.LoadModule(payload(host.ModuleFile), "") }
 
 // unloadModule waits as long as limit for those that use the module.
 func unloadModule(limit time.Duration) error {
-	for end := time.Now().Add(patience * limit); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
 		err := unix.DeleteModule("kvmaccess", unix.O_NONBLOCK)
 		if err == nil {
 			return nil
