@@ -1174,16 +1174,21 @@ func TestWatchLinux(t *testing.T) {
 	}
 }
 
-// VMs come and go, memslots and vCPUs too, and watches with them.
+// VMs come and go, memslots and vCPUs too, and watches with them: for 10 s, and
+// until a VM has gone while its watch's owner was listening.
 func TestWatchChurn(t *testing.T) {
 	k := openKVM(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	var made, watched, told, ended atomic.Int64
+	late := time.Now().Add(patience * time.Minute)
+	goesOn := func() bool {
+		return ctx.Err() == nil || ended.Load() == 0 && !t.Failed() && time.Now().Before(late)
+	}
 	var wg sync.WaitGroup
 	for n := range 3 {
 		wg.Go(func() {
-			for ctx.Err() == nil {
+			for goesOn() {
 				kind := []tinyvm.Kind{tinyvm.Spinning, tinyvm.Halting}[n%2]
 				guests, err := k.StartGuests(kind, 1)
 				if err != nil {
@@ -1202,7 +1207,7 @@ func TestWatchChurn(t *testing.T) {
 	c := newClient(t)
 	for range 2 {
 		wg.Go(func() {
-			for ctx.Err() == nil {
+			for goesOn() {
 				w, err := kvmaccess.NewWatcher()
 				if err != nil {
 					t.Error(err)
