@@ -8,7 +8,6 @@
  */
 #include <linux/mm.h>
 #include <linux/pgtable.h>
-#include <asm/e820/types.h>
 
 #include "hostpage.h"
 
@@ -19,13 +18,6 @@
 static noinline bool are_known(u64 pa, unsigned long size)
 {
 	return pfn_valid(PHYS_PFN(pa)) && pfn_valid(PHYS_PFN(pa + size - 1));
-}
-
-static __always_inline bool is_below_end(u64 pa, unsigned long size)
-{
-	unsigned long end = (unsigned long)READ_ONCE(high_memory) - PAGE_OFFSET;
-
-	return pa >= ISA_END_ADDRESS && pa + size <= end;
 }
 
 /*
@@ -47,7 +39,7 @@ static __always_inline bool is_below_end(u64 pa, unsigned long size)
  */
 static __always_inline const void *map(u64 pa, unsigned long size)
 {
-	if (unlikely(!is_below_end(pa, size) &&
+	if (unlikely(!kvmaccess_hostpage_is_memory(pa, size) &&
 		     (pa < ISA_END_ADDRESS || !are_known(pa, size))))
 		return NULL;
 	return __va(pa);
@@ -65,9 +57,10 @@ static __always_inline const u64 *table_of(u64 entry)
 	return entry & _PAGE_PRESENT ? map(address_in(entry), PAGE_SIZE) : NULL;
 }
 
-static __always_inline bool read_entry(const u64 *table, unsigned long index, u64 *entry)
+/* An entry of a table that entries lead to, or of none. */
+static __always_inline u64 entry_in(const u64 *table, unsigned long index)
 {
-	return table && kvmaccess_hostpage_get_word(entry, table + (index & (PTRS_PER_PTE - 1)));
+	return table ? kvmaccess_hostpage_entry(table + (index & (PTRS_PER_PTE - 1))) : 0;
 }
 
 /*
@@ -87,8 +80,8 @@ static __always_inline bool read_entry(const u64 *table, unsigned long index, u6
  * moment in which it gives the page up, hides nothing that the next look would
  * not find.
  */
-static noinline bool find(struct mm_struct *mm, unsigned long hva,
-			  struct kvmaccess_hostpage_path *path)
+bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
+			     struct kvmaccess_hostpage_path *path)
 {
 	u64 pa, entry, within = PUD_SIZE - PMD_SIZE;
 
@@ -98,11 +91,9 @@ static noinline bool find(struct mm_struct *mm, unsigned long hva,
 	if (path->wide != hva >> PUD_SHIFT) {
 		path->wide = ~0UL;
 		entry = READ_ONCE(pgd_offset(mm, hva)->pgd);
-		if (pgtable_l5_enabled() &&
-		    !read_entry(table_of(entry), hva >> P4D_SHIFT, &entry))
-			return false;
-		if (!read_entry(table_of(entry), hva >> PUD_SHIFT, &entry))
-			return false;
+		if (pgtable_l5_enabled())
+			entry = entry_in(table_of(entry), hva >> P4D_SHIFT);
+		entry = entry_in(table_of(entry), hva >> PUD_SHIFT);
 		path->entry = entry;
 		path->table = NULL;
 		if (!(entry & _PAGE_PSE)) {
@@ -114,8 +105,7 @@ static noinline bool find(struct mm_struct *mm, unsigned long hva,
 	}
 	entry = path->entry;
 	if (path->table) {
-		if (!read_entry(path->table, hva >> PMD_SHIFT, &entry))
-			return false;
+		entry = entry_in(path->table, hva >> PMD_SHIFT);
 		within = 0;
 	}
 	/* It is there by this alone while it is being split. */
@@ -131,33 +121,13 @@ static noinline bool find(struct mm_struct *mm, unsigned long hva,
 	return path->at;
 }
 
-/* The same; at once if it is a large page, and of the 1 GiB of the last one. */
-bool kvmaccess_hostpage_find(struct mm_struct *mm, unsigned long hva,
-			     struct kvmaccess_hostpage_path *path)
-{
-	u64 entry, pa;
-
-	if (path->wide != hva >> PUD_SHIFT ||
-	    !read_entry(path->table, hva >> PMD_SHIFT, &entry) ||
-	    !(entry & _PAGE_PRESENT) || !(entry & _PAGE_PSE))
-		return find(mm, hva, path);
-	pa = entry & PTE_PFN_MASK & PMD_MASK;
-	if (!is_below_end(pa, PMD_SIZE))
-		return find(mm, hva, path);
-	path->at = __va(pa);
-	path->large = true;
-	path->region = hva >> PMD_SHIFT;
-	return true;
-}
-
 /* What is at @hva by this table, which may not be one any more; see above. */
 const void *kvmaccess_hostpage_in(const void *table, unsigned long hva)
 {
+	u64 entry = entry_in(table, hva >> PAGE_SHIFT);
 	const void *at;
-	u64 entry;
 
-	if (!read_entry(table, hva >> PAGE_SHIFT, &entry) ||
-	    !(entry & (_PAGE_PRESENT | _PAGE_PROTNONE)))
+	if (!(entry & (_PAGE_PRESENT | _PAGE_PROTNONE)))
 		return NULL;
 	at = map(address_in(entry), PAGE_SIZE);
 	return at ? at + offset_in_page(hva) : NULL;

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
-#include <linux/math.h>
 #include <linux/slab.h>
 
-#include "hostpage.h"
 #include "item.h"
 
 /* To be freed by kvmaccess_item_free(); @length is in bytes of the guest's memory. */
@@ -50,66 +48,6 @@ void kvmaccess_item_free(struct kvmaccess_item *item)
 	kfree(item);
 }
 
-/* Go to 9 if the word at .Lat differs or cannot be read, or on to the next. */
-#define COMPARE_WORD	"8: movq .Lat(%[have],%[i]), %[word]\n\t"	\
-			"cmpq .Lat(%[want],%[i]), %[word]\n\t"		\
-			"jne 9f\n\t"					\
-			KVMACCESS_HOSTPAGE_FIXUP(8b, 9f)		\
-			".set .Lat, .Lat + 8\n\t"
-
-/*
- * Whether what is at @at, where a page of the host is, is as expected. Three
- * instructions for 8 bytes, and two more each time that a loop goes round: of
- * 256 bytes, of 32, and of 8.
- */
-bool kvmaccess_item_is_equal(const void *at, const void *expected, u32 length)
-{
-	u32 words = round_down(length, 8);
-	/* What is left, subtracted from what a turn takes; above 0 there is no turn. */
-	long i = 256 - (long)words;
-	u64 word;
-	u8 byte;
-
-	asm volatile("testq %[i], %[i]\n\t"
-		     "jg 2f\n\t"
-		     "1:\n\t"
-		     ".set .Lat, -256\n\t"
-		     ".rept 32\n\t"
-		     COMPARE_WORD
-		     ".endr\n\t"
-		     "addq $256, %[i]\n\t"
-		     "jle 1b\n\t"
-		     "2: subq $(256 - 32), %[i]\n\t"
-		     "jg 4f\n\t"
-		     "3:\n\t"
-		     ".set .Lat, -32\n\t"
-		     ".rept 4\n\t"
-		     COMPARE_WORD
-		     ".endr\n\t"
-		     "addq $32, %[i]\n\t"
-		     "jle 3b\n\t"
-		     "4: subq $(32 - 8), %[i]\n\t"
-		     "jg 9f\n\t"
-		     "5:\n\t"
-		     ".set .Lat, -8\n\t"
-		     COMPARE_WORD
-		     "addq $8, %[i]\n\t"
-		     "jle 5b\n\t"
-		     "9:\n\t"
-		     : [i] "+r"(i), [word] "=&r"(word)
-		     : [have] "r"(at + words), [want] "r"(expected + words)
-		     : "cc", "memory");
-	/* Amid a turn. */
-	if (i <= 0)
-		return false;
-	for (; words < length; words++) {
-		if (!kvmaccess_hostpage_get_byte(&byte, at + words) ||
-		    byte != ((const u8 *)expected)[words])
-			return false;
-	}
-	return true;
-}
-
 /* Where registers are in the state of a vCPU. */
 static const u16 places[] = {
 #define PLACE(member)	offsetof(struct kvmaccess_vcpu_state, member)
@@ -146,17 +84,27 @@ static const u16 places[] = {
 				 BIT_ULL(KVMACCESS_REGISTER_TR_SELECTOR) |	\
 				 BIT_ULL(KVMACCESS_REGISTER_LDTR_SELECTOR))
 
-u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *s,
-			    enum kvmaccess_register reg)
+static bool is_short(enum kvmaccess_register reg)
 {
-	const void *at = (const void *)s + places[reg];
-	u64 value;
+	return BIT_ULL(reg) & LIMITS_AND_SELECTORS;
+}
 
-	if (BIT_ULL(reg) & LIMITS_AND_SELECTORS)
-		return *(const u16 *)at;
+/* What is to be of the register, for an item with VALUE and MASK. */
+void kvmaccess_item_set_register(struct kvmaccess_item *item, enum kvmaccess_register reg)
+{
+	item->reg = reg;
+	item->place = places[reg];
 	/* The base of a table is where its limit ends. */
-	memcpy(&value, at, sizeof(value));
-	return value;
+	if (is_short(reg))
+		item->mask &= U16_MAX;
+}
+
+u64 kvmaccess_item_register(const struct kvmaccess_item *item,
+			    const struct kvmaccess_vcpu_state *s)
+{
+	u64 value = kvmaccess_item_word(item, s);
+
+	return is_short(item->reg) ? (u16)value : value;
 }
 
 /*

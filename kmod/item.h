@@ -44,6 +44,7 @@ struct kvmaccess_item {
 			u64 value;
 			u64 mask;
 			enum kvmaccess_register reg;
+			u16 place;	/* in the state of a vCPU */
 			s64 vcpu;	/* -1: all */
 			struct kvmaccess_item_vcpu *vcpus;
 			unsigned int nr_vcpus;
@@ -66,12 +67,29 @@ static inline u64 kvmaccess_item_memory(const struct kvmaccess_item *item)
 	}
 }
 
+/* The register, of 16 bits or 64, and what is behind it. */
+static inline u64 kvmaccess_item_word(const struct kvmaccess_item *item,
+				      const struct kvmaccess_vcpu_state *state)
+{
+	u64 word;
+
+	memcpy(&word, (const void *)state + item->place, sizeof(word));
+	return word;
+}
+
+/* Whether the register is as it should be. */
+static inline bool kvmaccess_item_has_register(const struct kvmaccess_item *item,
+					       const struct kvmaccess_vcpu_state *state)
+{
+	return (kvmaccess_item_word(item, state) & item->mask) == item->value;
+}
+
 struct kvmaccess_item * __must_check
 kvmaccess_item_new(enum kvmaccess_kind kind, u32 length);
 void kvmaccess_item_free(struct kvmaccess_item *item);
-bool __must_check kvmaccess_item_is_equal(const void *at, const void *expected, u32 length);
-u64 kvmaccess_item_register(const struct kvmaccess_vcpu_state *state,
-			    enum kvmaccess_register reg);
+void kvmaccess_item_set_register(struct kvmaccess_item *item, enum kvmaccess_register reg);
+u64 kvmaccess_item_register(const struct kvmaccess_item *item,
+			    const struct kvmaccess_vcpu_state *state);
 bool kvmaccess_item_is_whole(enum kvmaccess_register reg);
 
 #endif /* _KVMACCESS_ITEM_H */

@@ -57,7 +57,7 @@ static __always_inline bool is_expected(struct mm_struct *mm, const struct kvmac
 	if (!kvmaccess_hostpage_by(mm, item->hva, path, &at))
 		return false;
 	if (item->kind == KVMACCESS_KIND_BYTES)
-		return kvmaccess_item_is_equal(at, item->bytes, item->length);
+		return kvmaccess_hostpage_is(at, item->bytes, item->length);
 	return kvmaccess_hostpage_has(at, item->mask, item->value);
 }
 
@@ -246,22 +246,19 @@ void kvmaccess_look_prepare(struct kvmaccess_watch *w)
 bool kvmaccess_look_is_memory_expected(struct kvmaccess_watch *w)
 {
 	struct kvm *kvm = w->vm->kvm;
-	int idx = srcu_read_lock(&kvm->srcu);
+	/* One of two that are part of struct kvm, of which nothing else is read. */
+	struct kvm_memslots *slots = rcu_dereference_raw(kvm->memslots[0]);
 	struct kvmaccess_hostpage_path path = KVMACCESS_HOSTPAGE_PATH;
-	u64 generation = __kvm_memslots(kvm, 0)->generation;
 	struct mm_struct *mm = kvm->mm;
 	struct kvmaccess_item *item;
-	bool expected = w->generation == generation || list_empty(&w->memory);
 
-	if (expected) {
-		list_for_each_entry(item, &w->memory, list) {
-			expected = is_expected(mm, item, &path);
-			if (!expected)
-				break;
-		}
+	if (w->generation != READ_ONCE(slots->generation) && !list_empty(&w->memory))
+		return false;
+	list_for_each_entry(item, &w->memory, list) {
+		if (!is_expected(mm, item, &path))
+			return false;
 	}
-	srcu_read_unlock(&kvm->srcu, idx);
-	return expected;
+	return true;
 }
 
 /* Registers */
@@ -282,7 +279,7 @@ static bool look_at_registers(struct kvmaccess_watch *w, unsigned int index, u64
 		return true;
 
 	list_for_each_entry(item, &w->registers, list) {
-		u64 value = kvmaccess_item_register(s, item->reg);
+		u64 value = kvmaccess_item_register(item, s);
 		struct kvmaccess_watch_event e = {
 			.expected = &item->value,
 			.data = &value,
@@ -438,8 +435,7 @@ static bool are_registers_expected(struct kvmaccess_watch *w, unsigned int index
 	list_for_each_entry(item, &w->registers, list) {
 		if (item->vcpu >= 0 && item->vcpu != w->vcpus[index].vcpu->vcpu_id)
 			continue;
-		if ((kvmaccess_item_register(s, item->reg) & item->mask) != item->value ||
-		    item->vcpus[index].doubt)
+		if (!kvmaccess_item_has_register(item, s) || item->vcpus[index].doubt)
 			return false;
 	}
 	return true;

@@ -203,10 +203,10 @@ static int parse_register(struct nlattr **tb, const struct nlattr *attr,
 	if (!reg)
 		return kvmaccess_request_refuse(extack, attr, -EINVAL,
 						"a REGISTER item needs REGISTER");
-	item->reg = nla_get_u32(reg);
-	if (item->reg < KVMACCESS_REGISTER_CR0 || item->reg > KVMACCESS_REGISTER_PAT)
+	if (nla_get_u32(reg) < KVMACCESS_REGISTER_CR0 || nla_get_u32(reg) > KVMACCESS_REGISTER_PAT)
 		return kvmaccess_request_refuse(extack, reg, -EINVAL,
 						"there is no such register to watch");
+	kvmaccess_item_set_register(item, nla_get_u32(reg));
 	if (!kvmaccess_vcpu_vendor())
 		return kvmaccess_request_refuse(extack, attr, -EOPNOTSUPP,
 			"registers cannot be read on this host: see what INFO says is missing");

@@ -281,68 +281,87 @@ static u64 spend(struct kvmaccess_watch *w)
 }
 
 /*
- * Go on with a tick that has found all as expected so far, here or in an
- * interrupt of the CPU where the next vCPU is. The VM is held until it ends.
- * Returns the time.
+ * Have another CPU go on with the tick, which holds the VM from the first such
+ * interrupt on: none knows whether the one after it comes soon.
  */
-static u64 look_on(struct kvmaccess_watch *w)
+static bool go_on_at(struct kvmaccess_watch *w, int cpu)
 {
-	struct kvmaccess_vm *vm = w->vm;
-	int cpu = kvmaccess_look_at_vcpus_here(w);
-	u64 now = spend(w);
+	bool holds = w->interrupts;
 
-	if (cpu >= 0 && w->interrupts < 2 * QUICK_VCPUS &&
-	    !smp_call_function_single_async(cpu, &w->call)) {
+	if (cpu < 0 || w->interrupts == 2 * QUICK_VCPUS ||
+	    (!holds && !kvmaccess_vm_hold(w->vm)))
+		return false;
+	if (!smp_call_function_single_async(cpu, &w->call)) {
 		w->interrupts++;
-		return now;
+		return true;
 	}
+	if (!holds)
+		kvmaccess_vm_put(w->vm);
+	return false;
+}
+
+/*
+ * Go on with a tick that has found all as expected so far, here or in an
+ * interrupt of the CPU where the next vCPU is: then the result is true. The
+ * caller keeps the VM from going. *@now is the time.
+ */
+static bool look_on(struct kvmaccess_watch *w, u64 *now)
+{
+	int cpu = kvmaccess_look_at_vcpus_here(w);
+
+	*now = spend(w);
 	if (cpu != KVMACCESS_LOOK_DONE) {
-		kvmaccess_vm_put(vm);
+		if (go_on_at(w, cpu))
+			return true;
 		queue_tick(w);
-		return now;
+		return false;
 	}
 	w->stats.compared += w->stats.bytes;
 	stretch(w, TIMER_COST * (1 + w->interrupts));
-	kvmaccess_account_quick(&vm->account, w->spent, w->stats.bytes, w->interrupts);
-	kvmaccess_vm_put(vm);
+	kvmaccess_account_quick(&w->vm->account, w->spent, w->stats.bytes, w->interrupts);
 	/* From here on the timer may begin the next one. */
 	smp_store_release(&w->busy, IDLE);
-	return now;
+	return false;
 }
 
 static void on_call(void *info)
 {
 	struct kvmaccess_watch *w = info;
+	bool goes_on = false;
+	u64 now;
 
 	raw_spin_lock(&w->lock);
 	w->now = ktime_get_ns();
-	if (w->quick && may_look_here(w->now)) {
-		look_on(w);
-	} else {
-		kvmaccess_vm_put(w->vm);
+	if (w->quick && may_look_here(w->now))
+		goes_on = look_on(w, &now);
+	else
 		queue_tick(w);
-	}
+	if (!goes_on)
+		kvmaccess_vm_put(w->vm);
 	raw_spin_unlock(&w->lock);
 }
 
 /* Begin a tick, *@now, without the worker; false if it has to be the worker's. */
 static bool look_quickly(struct kvmaccess_watch *w, u64 *now)
 {
+	bool begun;
+
 	w->now = *now;
-	if (!w->quick || !may_look_here(w->now) || !kvmaccess_vm_hold(w->vm))
+	if (!w->quick || !may_look_here(w->now) || !kvmaccess_vm_look(w->vm))
 		return false;
-	if (!kvmaccess_look_is_memory_expected(w)) {
+	begun = kvmaccess_look_is_memory_expected(w);
+	if (begun) {
+		WRITE_ONCE(w->busy, LOOKING);
+		count_tick(w);
+		w->under_way = true;
+		w->next_vcpu = 0;
+		w->interrupts = 0;
+		look_on(w, now);
+	} else {
 		*now = spend(w);
-		kvmaccess_vm_put(w->vm);
-		return false;
 	}
-	WRITE_ONCE(w->busy, LOOKING);
-	count_tick(w);
-	w->under_way = true;
-	w->next_vcpu = 0;
-	w->interrupts = 0;
-	*now = look_on(w);
-	return true;
+	kvmaccess_vm_looked(w->vm);
+	return begun;
 }
 
 static enum hrtimer_restart timer_fn(struct hrtimer *timer)
@@ -369,9 +388,10 @@ static enum hrtimer_restart timer_fn(struct hrtimer *timer)
 	raw_spin_unlock_irqrestore(&w->lock, flags);
 
 	period = kvmaccess_tick_period(w);
-	/* Early by the timer's slack it is not yet late enough to be forwarded. */
-	missed += (hrtimer_forward(timer, ns_to_ktime(now), ns_to_ktime(period)) ?:
-		   (hrtimer_add_expires_ns(timer, period), 1)) - 1;
+	if (likely(now < ktime_to_ns(hrtimer_get_expires(timer)) + period))
+		hrtimer_add_expires_ns(timer, period);
+	else
+		missed += hrtimer_forward(timer, ns_to_ktime(now), ns_to_ktime(period)) - 1;
 	WRITE_ONCE(w->missed, w->missed + missed);
 	return HRTIMER_RESTART;
 }

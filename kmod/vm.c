@@ -16,11 +16,13 @@
  * ->looking before he looks at ->gone, with interrupts off; the hook sets
  * ->gone before it looks at ->looking, and keeps KVM from going on until
  * nobody is looking: either he sees that the VM is gone, or KVM waits for the
- * few instructions that he needs to find out that its count is 0. That holds
- * as long as no VM passes by the hook. Kprobes can be switched off by root, by
- * debugfs and, where they rest on ftrace, by a sysctl, so the hook is ftrace's
- * own and permanent: the sysctl is refused. Without ftrace it is a kprobe after
- * all, and vm_list is searched.
+ * few instructions that he needs to find out that its count is 0. Who is done
+ * within that, as the timer of a watch is, needs no reference: what he looks at
+ * goes after the hook, vCPUs, memslots and all. Either holds as long as no VM
+ * passes by the hook. Kprobes can be switched off by root, by debugfs and,
+ * where they rest on ftrace, by a sysctl, so the hook is ftrace's own and
+ * permanent: the sysctl is refused. Without ftrace it is a kprobe after all,
+ * and vm_list is searched.
  *
  * Locks: vms_mutex protects the list, the array and the hash table and is
  * taken before kvm_lock and before the list of watches. Nothing of KVM calls
@@ -132,10 +134,31 @@ static bool hold_listed(struct kvm *wanted)
 	return held;
 }
 
-/* Whether kvmaccess_vm_hold() may be called in an interrupt: it need not sleep. */
+/* Whether VMs can be held, or looked at without, in an interrupt: nothing sleeps. */
 bool kvmaccess_vm_holds_in_interrupts(void)
 {
 	return has_destroy_hook;
+}
+
+/*
+ * Keep the VM of @vm, an entry that is kept, from going until kvmaccess_vm_looked(),
+ * without a reference to it; false if it is gone. With interrupts off, where
+ * kvmaccess_vm_holds_in_interrupts(). Its end may be waiting for that.
+ */
+bool kvmaccess_vm_look(struct kvmaccess_vm *vm)
+{
+	atomic_inc(&vm->looking);
+	/* Pairs with that of wait_for_lookers(). */
+	smp_mb__after_atomic();
+	if (likely(!READ_ONCE(vm->gone) && refcount_read(&vm->kvm->users_count)))
+		return true;
+	kvmaccess_vm_looked(vm);
+	return false;
+}
+
+void kvmaccess_vm_looked(struct kvmaccess_vm *vm)
+{
+	atomic_dec_return_release(&vm->looking);
 }
 
 /*
@@ -145,15 +168,14 @@ bool kvmaccess_vm_holds_in_interrupts(void)
 bool kvmaccess_vm_hold(struct kvmaccess_vm *vm)
 {
 	unsigned long flags;
-	bool held;
+	bool held = false;
 
 	if (has_destroy_hook) {
 		local_irq_save(flags);
-		atomic_inc(&vm->looking);
-		/* Pairs with that of wait_for_lookers(). */
-		smp_mb__after_atomic();
-		held = !READ_ONCE(vm->gone) && kvm_get_kvm_safe(vm->kvm);
-		atomic_dec_return_release(&vm->looking);
+		if (kvmaccess_vm_look(vm)) {
+			held = kvm_get_kvm_safe(vm->kvm);
+			kvmaccess_vm_looked(vm);
+		}
 		local_irq_restore(flags);
 	} else {
 		held = hold_listed(vm->kvm);
@@ -174,9 +196,12 @@ bool kvmaccess_vm_hold(struct kvmaccess_vm *vm)
 static void wait_for_lookers(struct kvmaccess_vm *vm)
 {
 	WRITE_ONCE(vm->gone, true);
-	/* Pairs with that of kvmaccess_vm_hold(). */
+	/* Pairs with that of kvmaccess_vm_look(). */
 	smp_mb();
-	/* Some instructions of another CPU, which has its interrupts off. */
+	/*
+	 * At most what a timer looks at on another CPU, which has its interrupts
+	 * off and waits for nothing. Those to come see that the VM is gone.
+	 */
 	while (atomic_read_acquire(&vm->looking))
 		cpu_relax();
 }

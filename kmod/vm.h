@@ -23,7 +23,7 @@ struct kvmaccess_vm {
 	struct rcu_head rcu;
 	struct work_struct last_put;
 	refcount_t refs;
-	atomic_t looking;	/* who find out whether the VM is gone */
+	atomic_t looking;	/* who keep the VM from going without a reference */
 	bool gone;
 	bool fresh;
 	bool unseen;
@@ -47,6 +47,8 @@ bool kvmaccess_vm_has_events(void);
 struct kvmaccess_vm * __must_check
 kvmaccess_vm_get(u64 id, struct netlink_ext_ack *extack);
 bool kvmaccess_vm_holds_in_interrupts(void);
+bool __must_check kvmaccess_vm_look(struct kvmaccess_vm *vm);
+void kvmaccess_vm_looked(struct kvmaccess_vm *vm);
 bool __must_check kvmaccess_vm_hold(struct kvmaccess_vm *vm);
 void kvmaccess_vm_keep(struct kvmaccess_vm *vm);
 void kvmaccess_vm_forget(struct kvmaccess_vm *vm);
