@@ -5,6 +5,7 @@
 package tests
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -152,29 +153,25 @@ func (b *blindGuest) recall() {
 	b.goOn()
 }
 
-func (b *blindGuest) status(d *monitor.Daemon) daemon.VMStatus {
-	b.t.Helper()
+func (b *blindGuest) status(d *monitor.Daemon) (daemon.VMStatus, error) {
 	vms, err := d.Client.VMs(testContext(b.t))
-	if err != nil {
-		b.t.Fatal(err)
-	}
 	for _, vm := range vms {
 		if vm.ID == b.vm.ID {
-			return vm
+			return vm, nil
 		}
 	}
-	b.t.Fatalf("no VM %d in %+v", b.vm.ID, vms)
-	return daemon.VMStatus{}
+	return daemon.VMStatus{}, errors.Join(err, fmt.Errorf("no VM %d in %+v", b.vm.ID, vms))
 }
 
 // becomes waits until the daemon says that the guest is so.
 func (b *blindGuest) becomes(d *monitor.Daemon, state daemon.State, says string) (s daemon.VMStatus) {
 	b.t.Helper()
 	eventually(b.t, 2*time.Minute, func() error {
-		if s = b.status(d); s.State != state || !strings.Contains(s.Reason, says) {
-			return fmt.Errorf("it is %q (%s), not %q (%s)", s.State, s.Reason, state, says)
+		var err error
+		if s, err = b.status(d); err == nil && (s.State != state || !strings.Contains(s.Reason, says)) {
+			err = fmt.Errorf("it is %q (%s), not %q (%s)", s.State, s.Reason, state, says)
 		}
-		return nil
+		return err
 	})
 	b.t.Logf("VM %d: %s: %s", b.vm.ID, s.State, s.Reason)
 	return s
