@@ -4,6 +4,8 @@ package inside
 
 import (
 	"encoding/json"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 
@@ -26,11 +28,43 @@ func LoadModule() error {
 	return boot.LoadModule(filepath.Join(os.Getenv(host.Env), host.ModuleFile), "")
 }
 
+// warm reads the programs that the host was given, so that none of their pages is
+// fetched amid a measurement: to wait for a disk takes as long as the machine
+// that emulates it does, and until the next timer by the clock of a host that
+// idles meanwhile.
+func warm() error {
+	files, err := os.ReadDir(os.Getenv(host.Env))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		info, err := f.Info()
+		if err != nil {
+			return err
+		}
+		if !info.Mode().IsRegular() || info.Mode()&0o111 == 0 {
+			continue
+		}
+		program, err := os.Open(filepath.Join(os.Getenv(host.Env), f.Name()))
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, program)
+		if err := errors.Join(err, program.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Serve measures on this very host and writes the result to standard output for
 // outside.Measure. The measurement says alive now and then, or it is taken for
 // one that stands still.
 func Serve[T any](measure func(alive func(at string)) (T, error)) error {
 	out := json.NewEncoder(os.Stdout)
+	if err := warm(); err != nil {
+		return err
+	}
 	var failed error
 	result, err := measure(func(at string) {
 		if err := out.Encode(Line{At: at}); err != nil && failed == nil {
