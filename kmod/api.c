@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The functions of api.h, for other modules. Nothing is held for a caller
+ * The functions of api.h, for other modules, that ask; notify.c has those that
+ * tell. Nothing is held for a caller
  * between two calls, so none can delay a VM's destruction but by a call that
  * is under way.
  */
@@ -11,34 +12,8 @@
 #include "account.h"
 #include "api.h"
 #include "memory.h"
-#include "notify.h"
 #include "vcpu.h"
 #include "vm.h"
-
-static BLOCKING_NOTIFIER_HEAD(chain);
-
-/* Whether anybody would hear; one who registers right now did so too late. */
-bool kvmaccess_notify_wanted(void)
-{
-	return rcu_access_pointer(chain.head);
-}
-
-void kvmaccess_notify(enum kvmaccess_cmd cmd, struct kvmaccess_vm_info *info)
-{
-	blocking_notifier_call_chain(&chain, cmd, info);
-}
-
-int kvmaccess_register_notifier(struct notifier_block *nb)
-{
-	return blocking_notifier_chain_register(&chain, nb);
-}
-EXPORT_SYMBOL_GPL(kvmaccess_register_notifier);
-
-int kvmaccess_unregister_notifier(struct notifier_block *nb)
-{
-	return blocking_notifier_chain_unregister(&chain, nb);
-}
-EXPORT_SYMBOL_GPL(kvmaccess_unregister_notifier);
 
 int kvmaccess_walk_vms(int (*fn)(const struct kvmaccess_vm_info *vm, void *arg),
 		       void *arg)

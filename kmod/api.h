@@ -76,6 +76,28 @@ struct kvmaccess_vcpu_state {
 	u64 pat;
 };
 
+/* What a watch, made by its owner by netlink, has found, as WATCH_EVENT has it. */
+struct kvmaccess_watch_change {
+	u64 watch;
+	u64 vm;
+	u64 cookie;	/* by which the owner knows the item */
+	u64 time;	/* ns of CLOCK_MONOTONIC */
+	u64 coalesced;	/* changes of the item before this one that were not told */
+	u64 lost;	/* changes of any watch before this one that found no room here */
+	enum kvmaccess_kind kind;	/* UNSPEC: the watch itself, which has ended */
+	enum kvmaccess_state state;
+	/* Of memory, where it differs or the item begins. */
+	u64 gpa;
+	/* Of a register. */
+	u32 vcpu;
+	enum kvmaccess_register reg;
+	enum kvmaccess_condition condition;
+	/* What is expected and what is there: so many bytes of it; 0: nothing to say. */
+	u32 length;
+	u8 expected[KVMACCESS_WATCH_EVENT_BYTES];
+	u8 data[KVMACCESS_WATCH_EVENT_BYTES];
+};
+
 /* The page tables that the vCPU itself uses, in place of a root. */
 #define KVMACCESS_ROOT_OF_VCPU	(~0ULL)
 
@@ -103,7 +125,9 @@ int __must_check kvmaccess_read_virtual(u64 vm, u32 vcpu, u64 root, u64 gva,
 /*
  * Have @nb called for each VM that comes or goes from now on, with
  * KVMACCESS_CMD_VM_CREATED or KVMACCESS_CMD_VM_DESTROYED as the action and a
- * struct kvmaccess_vm_info as the data. A notifier may call all of the above,
+ * struct kvmaccess_vm_info as the data; and for what watches tell their owners,
+ * with KVMACCESS_CMD_WATCH_EVENT and a struct kvmaccess_watch_change, some
+ * microseconds after them. A notifier may call all of the above,
  * but not the two below; while it runs the others wait. Of one VM creation
  * comes before destruction. VMs that are there already: walk after registering.
  * When kvmaccess_unregister_notifier() returns, @nb is not running any more.

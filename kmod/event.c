@@ -8,6 +8,7 @@
 #include <net/sock.h>
 
 #include "netlink.h"
+#include "notify.h"
 #include "tick.h"
 
 /* Rates of events: what may come at once, and ns for each from then on. */
@@ -70,11 +71,13 @@ static int send(struct kvmaccess_watch *w, const struct kvmaccess_watch_event *e
 	int err = READ_ONCE(w->deaf) ? -ECONNREFUSED :
 		  kvmaccess_netlink_watch_event(w->stats.portid, e);
 
-	if (err)
+	if (err) {
 		w->stats.lost++;
-	else
-		w->stats.events++;
-	return err;
+		return err;
+	}
+	w->stats.events++;
+	kvmaccess_notify_watch(e);
+	return 0;
 }
 
 /*

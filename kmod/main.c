@@ -5,6 +5,7 @@
 #include "ksyms.h"
 #include "memory.h"
 #include "netlink.h"
+#include "notify.h"
 #include "vcpu.h"
 #include "version.h"
 #include "vm.h"
@@ -62,6 +63,7 @@ static void __exit kvmaccess_exit(void)
 	kvmaccess_vm_stop();
 	kvmaccess_netlink_exit();
 	kvmaccess_watch_exit();
+	kvmaccess_notify_exit();
 	kvmaccess_vm_exit();
 	kvmaccess_memory_exit();
 }

@@ -4,7 +4,11 @@
 
 #include "api.h"
 
+struct kvmaccess_watch_event;
+
 bool kvmaccess_notify_wanted(void);
 void kvmaccess_notify(enum kvmaccess_cmd cmd, struct kvmaccess_vm_info *info);
+void kvmaccess_notify_watch(const struct kvmaccess_watch_event *event);
+void kvmaccess_notify_exit(void);
 
 #endif /* _KVMACCESS_NOTIFY_H */

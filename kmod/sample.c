@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * A module that uses the functions of api.h: /proc/kvmaccess_sample shows of
- * each VM its vCPUs, and how many VMs came and went since it was loaded. Built
- * by "make kmod SAMPLE=m".
+ * each VM its vCPUs, and how many VMs came and went, and changes were found by
+ * watches, since it was loaded. Built by "make kmod SAMPLE=m".
  */
 #include <linux/module.h>
 #include <linux/proc_fs.h>
@@ -11,17 +11,18 @@
 
 #include "api.h"
 
-static atomic_t created, destroyed;
+static atomic_t created, destroyed, changed;
 
 static int on_event(struct notifier_block *nb, unsigned long cmd, void *data)
 {
-	const struct kvmaccess_vm_info *vm = data;
+	const struct kvmaccess_watch_change *change = data;
 
 	if (cmd == KVMACCESS_CMD_VM_CREATED)
 		atomic_inc(&created);
 	else if (cmd == KVMACCESS_CMD_VM_DESTROYED)
 		atomic_inc(&destroyed);
-	pr_debug("event %lu of VM %llu\n", cmd, vm->id);
+	else if (cmd == KVMACCESS_CMD_WATCH_EVENT && change->state == KVMACCESS_STATE_DIFFERENT)
+		atomic_inc(&changed);
 	return NOTIFY_OK;
 }
 
@@ -38,8 +39,7 @@ static void show_vcpu(struct seq_file *m, u64 vm, u32 id,
 		return;
 	}
 	seq_printf(m, "vcpu %u condition %d rip %#lx cr3 %#lx lstar %#llx idt %#lx",
-		   id, s->condition, s->rip, s->cr3, s->msr[KVMACCESS_MSR_LSTAR],
-		   s->idt.address);
+		   id, s->condition, s->rip, s->cr3, s->msr[KVMACCESS_MSR_LSTAR], s->idt.address);
 	err = kvmaccess_read_virtual(vm, id, KVMACCESS_ROOT_OF_VCPU, s->idt.address,
 				     &gate, sizeof(gate));
 	if (err)
@@ -69,8 +69,8 @@ static int show(struct seq_file *m, void *unused)
 {
 	int err = kvmaccess_walk_vms(show_vm, m);
 
-	seq_printf(m, "created %d destroyed %d\n",
-		   atomic_read(&created), atomic_read(&destroyed));
+	seq_printf(m, "created %d destroyed %d changed %d\n", atomic_read(&created),
+		   atomic_read(&destroyed), atomic_read(&changed));
 	return err;
 }
 

@@ -5,6 +5,7 @@
 package tests
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -56,7 +57,7 @@ type sampleVCPU struct {
 }
 
 // readSample parses /proc/kvmaccess_sample.
-func readSample(t *testing.T) (vms []sampleVM, created, destroyed int) {
+func readSample(t *testing.T) (vms []sampleVM, created, destroyed, changed int) {
 	t.Helper()
 	text, err := os.ReadFile("/proc/" + sampleModule)
 	if err != nil {
@@ -83,10 +84,10 @@ func readSample(t *testing.T) (vms []sampleVM, created, destroyed int) {
 			vm := &vms[len(vms)-1]
 			vm.VCPU = append(vm.VCPU, v)
 		default:
-			scan(line, "created %d destroyed %d", &created, &destroyed)
+			scan(line, "created %d destroyed %d changed %d", &created, &destroyed, &changed)
 		}
 	}
-	return vms, created, destroyed
+	return vms, created, destroyed, changed
 }
 
 // Another module sees what a program sees.
@@ -103,7 +104,7 @@ func TestAPI(t *testing.T) {
 		t.Fatalf("unloading the module under its user: %v, want a refusal", err)
 	}
 
-	got, _, _ := readSample(t)
+	got, _, _, _ := readSample(t)
 	vms, err := c.VMs(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -165,7 +166,7 @@ func TestAPINotifications(t *testing.T) {
 	}
 	var created, destroyed int
 	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		if _, created, destroyed = readSample(t); created >= n && destroyed >= n {
+		if _, created, destroyed, _ = readSample(t); created >= n && destroyed >= n {
 			break
 		}
 	}
@@ -213,5 +214,75 @@ func TestAPINotifications(t *testing.T) {
 	}
 	if err := loadModule(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Another module hears of each change that a watch's owner hears of, and may
+// come and leave while changes are found.
+func TestAPIWatchEvents(t *testing.T) {
+	c, k, w := newClient(t), openKVM(t), newWatcher(t)
+	g, vm := tinyGuest(t, k, c, tinyvm.Config{Mode: tinyvm.Long, Code: tinyvm.Spin(tinyvm.Long)})
+	started(t, g)
+	if err := g.Write(watchedBytes, make([]byte, 64)); err != nil {
+		t.Fatal(err)
+	}
+	b, err := g.Bytes(watchedBytes, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	loadSample(t)
+	watch := newWatch(t, w, vm, kvmaccess.WatchConfig{},
+		kvmaccess.Item{Cookie: 1, Kind: kvmaccess.KindBytes, GPA: watchedBytes, Data: make([]byte, 64)})
+	wantQuiet(t, w, watch, 3)
+	const n = 20
+	for i := range n {
+		b[0] = byte(i) + 1
+		wantEvent(t, w, 1, kvmaccess.StateDifferent)
+		b[0] = 0
+		wantEvent(t, w, 1, kvmaccess.StateExpected)
+	}
+	changed := 0
+	for end := time.Now().Add(patience * 10 * time.Second); changed < n && time.Now().Before(end); time.Sleep(time.Millisecond) {
+		_, _, _, changed = readSample(t)
+	}
+	if changed != n {
+		t.Errorf("%d changes were found, and another module was told of %d", n, changed)
+	}
+
+	ctx, stop := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for i := byte(0); ctx.Err() == nil; i++ {
+			b[0] = i
+			time.Sleep(time.Millisecond)
+		}
+	})
+	wg.Go(func() {
+		for ctx.Err() == nil {
+			if _, err := w.Receive(ctx); err != nil && ctx.Err() == nil && !errors.Is(err, kvmaccess.ErrEventsLost) {
+				t.Error(err)
+				return
+			}
+		}
+	})
+	heard := false
+	for i := 0; i < 20 || !heard && i < 1000; i++ {
+		if err := unloadSample(); err != nil {
+			t.Error(err)
+			break
+		}
+		if err := boot.LoadModule(payload(host.SampleFile), ""); err != nil {
+			t.Error(err)
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+		if _, _, _, changed = readSample(t); changed > 0 {
+			heard = true
+		}
+	}
+	stop()
+	wg.Wait()
+	if !heard {
+		t.Error("a module that came while changes were found heard of none")
 	}
 }
