@@ -9,6 +9,7 @@ import (
 	"io"
 	"regexp"
 	"strconv"
+	"time"
 )
 
 // errContradiction says that the emulated processor did not do what its page
@@ -50,6 +51,16 @@ func silentReset(resets, console []byte) error {
 	}
 	return fmt.Errorf("%w: its processor ended by a triple fault, and the kernel had no word to say", errContradiction)
 }
+
+// standstill is how long a host may be without a pulse, by this machine's clock.
+// Linux looks after itself: it stops when one of its CPUs does not schedule for
+// 120 s, or a task waits for longer than that. Where nobody says a word, the
+// emulator is likely to be at fault: QEMU was seen to interrupt a CPU that had
+// interrupts off, within the lock that the interrupt's handler takes, with the
+// other CPU waiting for the same lock.
+const standstill = 10 * time.Minute
+
+var errStandstill = fmt.Errorf("%w, or what ran there took all of its CPUs: its first process has not run for %v, and its kernel had no word to say", errContradiction, standstill)
 
 // SilentGuest is in the output of a command that met a guest whose processor
 // gave up while its kernel said nothing: what silentReset is for the host's. QEMU

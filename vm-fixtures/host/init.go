@@ -211,6 +211,13 @@ func runSpec(out *recorder) error {
 	if err := loadKVM(); err != nil {
 		return err
 	}
+	if s.Pulse {
+		go func() {
+			for range time.Tick(pulse) {
+				out.send(record{Kind: kindPulse})
+			}
+		}()
+	}
 	code, err := runCommand(out, s.Args)
 	if err != nil {
 		return err

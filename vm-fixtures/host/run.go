@@ -78,8 +78,8 @@ var ErrTrouble = errors.New("the emulated host is in trouble")
 // Run boots the host and returns the command's exit code. An error says that
 // the host failed: it did not come up, its kernel complained, it ended
 // without the closing record, or took too long. Where what it left proves that
-// it was the emulator's fault, or the command failed and met a SilentGuest, all
-// is run once more.
+// it was the emulator's fault, it came to a standstill in silence, or the command
+// failed and met a SilentGuest, all is run once more.
 func Run(ctx context.Context, c Config) (code int, err error) {
 	if len(c.Args) == 0 {
 		return 0, errors.New("no command to run")
@@ -134,7 +134,7 @@ func prepare(ctx context.Context, dir string, root *cache.Root, c Config) error 
 		return err
 	}
 	env := append([]string{Env + "=" + Payload, OutEnv + "=" + Out}, c.Env...)
-	text, err := json.Marshal(spec{Args: c.Args, Env: env, Sanitizers: root.Suite.Kernel != nil})
+	text, err := json.Marshal(spec{Args: c.Args, Env: env, Sanitizers: root.Suite.Kernel != nil, Pulse: !c.Icount})
 	if err != nil {
 		return err
 	}
@@ -207,8 +207,17 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 		err  error
 	}
 	done := make(chan result, 1)
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	watchdog := time.AfterFunc(1<<62, func() {
+		stop(errStandstill)
+		if err := cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			c.Log.Error("the emulator cannot be ended", "error", err)
+		}
+	})
+	defer watchdog.Stop()
 	go func() {
-		code, err := receive(port.r, c, start)
+		code, err := receive(port.r, c, start, func() { watchdog.Reset(standstill) })
 		done <- result{code, err}
 	}()
 
@@ -216,15 +225,16 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 	port.w.Close() // nobody else writes any more: what is read ends
 	r := <-done
 
-	trouble := []error{r.err}
+	console, err := os.ReadFile(filepath.Join(dir, consoleName))
+	trouble := []error{r.err, err}
 	if ctx.Err() != nil {
-		trouble = append(trouble, fmt.Errorf("stopped after %v: %w", time.Since(start).Round(time.Second), context.Cause(ctx)))
+		why := context.Cause(ctx)
+		if errors.Is(why, errStandstill) && alarm.Match(console) {
+			why = errors.New("it came to a standstill") // after it had said why
+		}
+		trouble = append(trouble, fmt.Errorf("stopped after %v: %w", time.Since(start).Round(time.Second), why))
 	} else if exit != nil && !(m.anyExit && r.err == nil) {
 		trouble = append(trouble, fmt.Errorf("%s: %w: %s", cmd.Args[0], exit, strings.TrimSpace(stderr.String())))
-	}
-	console, err := os.ReadFile(filepath.Join(dir, consoleName))
-	if err != nil {
-		trouble = append(trouble, err)
 	}
 	if m := alarm.Find(console); m != nil {
 		trouble = append(trouble, fmt.Errorf("its console says %q", m))
@@ -241,8 +251,9 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 	return r.code, nil
 }
 
-// receive handles the host's records up to the last.
-func receive(from io.Reader, c Config, start time.Time) (int, error) {
+// receive handles the host's records up to the last, and calls alive when there
+// is a pulse.
+func receive(from io.Reader, c Config, start time.Time, alive func()) (int, error) {
 	d := json.NewDecoder(bufio.NewReaderSize(from, 1<<16))
 	seen := map[string]bool{}
 	for {
@@ -252,6 +263,8 @@ func receive(from io.Reader, c Config, start time.Time) (int, error) {
 		}
 		var err error
 		switch r.Kind {
+		case kindPulse:
+			alive()
 		case kindReady:
 			c.Log.Info("the host is up", "seconds", fmt.Sprintf("%.1f", time.Since(start).Seconds()))
 		case kindStdout:

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"io"
 	"log/slog"
 )
 
@@ -45,7 +46,7 @@ func TestReceive(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
 			c := Config{Stdout: &stdout, Stderr: &stderr, Out: t.TempDir(), Log: slog.New(slog.DiscardHandler)}
-			code, err := receive(strings.NewReader(tt.from), c, time.Now())
+			code, err := receive(strings.NewReader(tt.from), c, time.Now(), func() {})
 			if tt.bad == "" && err != nil || tt.bad != "" && (err == nil || !strings.Contains(err.Error(), tt.bad)) {
 				t.Errorf("error %v, want %q", err, tt.bad)
 			}
@@ -56,6 +57,16 @@ func TestReceive(t *testing.T) {
 				t.Errorf("stdout %q, want %q", stdout.String(), out.Data)
 			}
 		})
+	}
+}
+
+func TestReceivePulses(t *testing.T) {
+	pulses := 0
+	_, err := receive(strings.NewReader(encode(t, record{Kind: kindReady}, record{Kind: kindPulse},
+		record{Kind: kindStdout}, record{Kind: kindPulse}, record{Kind: kindDone})),
+		Config{Stdout: io.Discard, Log: slog.New(slog.DiscardHandler)}, time.Now(), func() { pulses++ })
+	if err != nil || pulses != 2 {
+		t.Errorf("%d pulses, %v", pulses, err)
 	}
 }
 
@@ -71,7 +82,7 @@ func TestReceiveFiles(t *testing.T) {
 		record{Kind: kindFile, Name: "sub/file", Mode: 0o755, Data: []byte("two")},
 		record{Kind: kindFile, Name: "empty", Mode: 0o644},
 		record{Kind: kindDone},
-	)), c, time.Now())
+	)), c, time.Now(), func() {})
 	if err != nil {
 		t.Fatal(err)
 	}

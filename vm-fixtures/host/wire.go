@@ -2,7 +2,10 @@
 
 package host
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 // Port is the name of the virtio port that records come out of a host by.
 const Port = "kvmaccess.host"
@@ -34,7 +37,12 @@ type spec struct {
 	// Sanitizers says that the kernel has them: they must be on at the end,
 	// and have found nothing.
 	Sanitizers bool `json:"sanitizers,omitempty"`
+	// Pulse says that the host tells now and then that it lives.
+	Pulse bool `json:"pulse,omitempty"`
 }
+
+// pulse is how often a host says that it lives, by its own clock.
+const pulse = 10 * time.Second
 
 // record is a line of JSON on the port.
 type record struct {
@@ -47,6 +55,7 @@ type record struct {
 
 const (
 	kindReady  = "ready"  // the command starts
+	kindPulse  = "pulse"  // it goes on
 	kindStdout = "stdout" // Data is a piece of it
 	kindStderr = "stderr"
 	kindFile   = "file"  // Data is appended to the file Name below Out, which is made with Mode
