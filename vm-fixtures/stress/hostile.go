@@ -387,8 +387,12 @@ func watchHostile(ctx context.Context, end time.Time, r *Report, rng *rand.Rand,
 		}
 		watches = append(watches, watch)
 	}
-	if later := time.Now().Add(5 * time.Second); later.Before(end) {
+	// For a second at least, however long it took to set them up.
+	now := time.Now()
+	if later := now.Add(5 * time.Second); later.Before(end) {
 		end = later
+	} else if least := now.Add(time.Second); end.Before(least) {
+		end = least
 	}
 	waiting, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
