@@ -67,7 +67,12 @@ var errStandstill = fmt.Errorf("%w, or what ran there took all of its CPUs: its 
 // was seen to end nested guests so, too, and less often.
 const SilentGuest = "its processor gave up, and its kernel had no word to say"
 
-// listener hears whether SilentGuest is in what is written to another.
+// tripleFaulted is in the output of a command that met a small guest of which the
+// same is true: it runs a few instructions, and none that could lead there.
+const tripleFaulted = "the guest ended: shutdown (triple fault)"
+
+// listener hears whether SilentGuest or tripleFaulted is in what is written to
+// another.
 type listener struct {
 	io.Writer
 	last  []byte
@@ -76,8 +81,10 @@ type listener struct {
 
 func (l *listener) Write(p []byte) (int, error) {
 	l.last = append(l.last, p...)
-	l.heard = l.heard || bytes.Contains(l.last, []byte(SilentGuest))
-	l.last = append(l.last[:0], l.last[max(0, len(l.last)-len(SilentGuest)):]...)
+	for _, s := range []string{SilentGuest, tripleFaulted} {
+		l.heard = l.heard || bytes.Contains(l.last, []byte(s))
+	}
+	l.last = append(l.last[:0], l.last[max(0, len(l.last)-max(len(SilentGuest), len(tripleFaulted))):]...)
 	return l.Writer.Write(p)
 }
 

@@ -79,6 +79,8 @@ func TestListener(t *testing.T) {
 		{"ok\n", false},
 		{"FAIL\n    guest web1: EOF: " + SilentGuest + "\nQEMU:\n", true},
 		{SilentGuest[1:], false},
+		{"    hostmemory_test.go:608: vCPU 0: " + tripleFaulted + "\n--- FAIL", true},
+		{tripleFaulted[1:], false},
 		{"", false},
 	} {
 		for _, size := range []int{1, 7, 1000} {
