@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * The functions of api.h, for other modules, that ask; notify.c has those that
- * tell. Nothing is held for a caller
- * between two calls, so none can delay a VM's destruction but by a call that
- * is under way.
+ * tell. Nothing is held for a caller between two calls, so none can delay a VM's
+ * destruction but by a call that is under way.
  */
 #include <linux/export.h>
 #include <linux/slab.h>

@@ -41,6 +41,13 @@ func loadSample(t *testing.T) {
 
 func unloadSample() error { return unix.DeleteModule(sampleModule, unix.O_NONBLOCK) }
 
+func reloadSample() error {
+	if err := unloadSample(); err != nil {
+		return err
+	}
+	return boot.LoadModule(payload(host.SampleFile), "")
+}
+
 // sampleVM and sampleVCPU are what the sample says, by the words it uses.
 type sampleVM struct {
 	ID     uint64
@@ -189,11 +196,7 @@ func TestAPINotifications(t *testing.T) {
 		}
 	})
 	for range 20 {
-		if err := unloadSample(); err != nil {
-			t.Error(err)
-			break
-		}
-		if err := boot.LoadModule(payload(host.SampleFile), ""); err != nil {
+		if err := reloadSample(); err != nil {
 			t.Error(err)
 			break
 		}
@@ -267,11 +270,7 @@ func TestAPIWatchEvents(t *testing.T) {
 	})
 	heard := false
 	for i := 0; i < 20 || !heard && i < 1000; i++ {
-		if err := unloadSample(); err != nil {
-			t.Error(err)
-			break
-		}
-		if err := boot.LoadModule(payload(host.SampleFile), ""); err != nil {
+		if err := reloadSample(); err != nil {
 			t.Error(err)
 			break
 		}
