@@ -65,3 +65,28 @@ func TestArguments(t *testing.T) {
 		}
 	}
 }
+
+func TestInterruptsOff(t *testing.T) {
+	// As QEMU says it of a KVM guest.
+	const text = "\r\nCPU#0\r\n" +
+		"RAX=0000000000000000 RBX=0000000000000000 RCX=0000000000000000 RDX=0000000000000000\r\n" +
+		"RIP=ffffffff81e0b1aa RFL=00000246 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=1\r\n" +
+		"ES =0000 0000000000000000 ffffffff 00c00000\r\n" +
+		"\r\nCPU#1\r\n" +
+		"RIP=ffffffff810f5a12 RFL=00000046 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=0\r\n"
+	for _, tt := range []struct {
+		name, old, new string
+		want           map[int]bool
+	}{
+		{"as it was", "", "", map[int]bool{1: true}},
+		{"interrupts on", "00000046", "00000246", map[int]bool{}},
+		{"both", "00000246 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=1", "00000046 [---Z-P-] CPL=0 II=0 A20=1 SMM=0 HLT=0", map[int]bool{0: true, 1: true}},
+		{"halted for good", "HLT=0", "HLT=1", map[int]bool{}},
+		{"not in the kernel", "RIP=ffffffff810f5a12", "RIP=0000000000100000", map[int]bool{}},
+		{"in 32-bit mode", "RIP=ffffffff810f5a12 RFL", "EIP=810f5a12 EFL", map[int]bool{}},
+	} {
+		if diff := cmp.Diff(tt.want, interruptsOff(strings.Replace(text, tt.old, tt.new, 1))); diff != "" {
+			t.Errorf("%s: %s", tt.name, diff)
+		}
+	}
+}

@@ -3,7 +3,6 @@
 package host
 
 import (
-	"bytes"
 	"errors"
 	"strings"
 	"testing"
@@ -68,34 +67,5 @@ func TestSilentReset(t *testing.T) {
 				t.Errorf("%v", err)
 			}
 		})
-	}
-}
-
-func TestListener(t *testing.T) {
-	for _, tt := range []struct {
-		text string
-		want bool
-	}{
-		{"ok\n", false},
-		{"FAIL\n    guest web1: EOF: " + SilentGuest + "\nQEMU:\n", true},
-		{SilentGuest[1:], false},
-		{"    hostmemory_test.go:608: vCPU 0: " + tripleFaulted + "\n--- FAIL", true},
-		{tripleFaulted[1:], false},
-		{"", false},
-	} {
-		for _, size := range []int{1, 7, 1000} {
-			var b bytes.Buffer
-			l := &listener{Writer: &b}
-			for rest := tt.text; rest != ""; {
-				n := min(size, len(rest))
-				if _, err := l.Write([]byte(rest[:n])); err != nil {
-					t.Fatal(err)
-				}
-				rest = rest[n:]
-			}
-			if l.heard != tt.want || b.String() != tt.text {
-				t.Errorf("%q by %d: heard %t, wrote %q", tt.text, size, l.heard, b.String())
-			}
-		}
 	}
 }

@@ -75,11 +75,15 @@ var alarm = regexp.MustCompile(`BUG:|WARNING:|\bOops\b|KASAN|UBSAN|KFENCE|possib
 // ErrTrouble says that the host itself failed, whatever the command did.
 var ErrTrouble = errors.New("the emulated host is in trouble")
 
+// runs is how often Run begins, at most.
+const runs = 3
+
 // Run boots the host and returns the command's exit code. An error says that
 // the host failed: it did not come up, its kernel complained, it ended
 // without the closing record, or took too long. Where what it left proves that
 // it was the emulator's fault, it came to a standstill in silence, or the command
-// failed and met a SilentGuest, all is run once more.
+// failed and met a SilentGuest or a StuckGuest, it is run once more, and of the
+// program of "go test -v" the tests that had passed are left out.
 func Run(ctx context.Context, c Config) (code int, err error) {
 	if len(c.Args) == 0 {
 		return 0, errors.New("no command to run")
@@ -95,18 +99,21 @@ func Run(ctx context.Context, c Config) (code int, err error) {
 	defer root.Close()
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
-	once := c
-	out, complaints := &listener{Writer: c.Stdout}, &listener{Writer: c.Stderr}
-	once.Stdout, once.Stderr = out, complaints
-	code, err = runOnce(ctx, root, once)
-	if err == nil && code != 0 && (out.heard || complaints.heard) {
-		err = fmt.Errorf("%w: of a guest, %s", errContradiction, SilentGuest)
-	}
-	if errors.Is(err, errContradiction) {
-		c.Log.Error("once more, from the start", "because", err)
+	stdout, stderr := c.Stdout, c.Stderr
+	for n := 1; ; n++ {
+		out, complaints := &listener{Writer: stdout}, &listener{Writer: stderr}
+		c.Stdout, c.Stderr = out, complaints
 		code, err = runOnce(ctx, root, c)
+		because := err
+		if heard := append(out.heard, complaints.heard...); err == nil && code != 0 && len(heard) != 0 {
+			because = fmt.Errorf("%w: of a guest, %s", errContradiction, heard[0])
+		}
+		if n == runs || !errors.Is(because, errContradiction) {
+			return code, err
+		}
+		c.Args = withoutPassed(c.Args, out.passed)
+		c.Log.Error("once more", "because", because, "passed before", len(out.passed))
 	}
-	return code, err
 }
 
 func runOnce(ctx context.Context, root *cache.Root, c Config) (code int, err error) {
