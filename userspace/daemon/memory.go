@@ -5,6 +5,7 @@ package daemon
 import (
 	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"sync"
 )
 
@@ -21,19 +22,36 @@ type memoryLimit struct {
 // headroom is what garbage may take, in bytes.
 const headroom = 32 << 20
 
-// adjust collects garbage and sets the limit anew if much has changed.
+// liveBytes is what the last collection found to be live.
+const liveBytes = "/gc/heap/live:bytes"
+
+// adjust sets the limit anew if much has changed. It collects garbage only if that
+// is not known otherwise: a collection takes milliseconds of all the CPUs that
+// there are.
 func (m *memoryLimit) adjust() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var stats runtime.MemStats
 	runtime.ReadMemStats(&stats)
-	if m.collections == 0 {
+	switch {
+	case m.collections == 0:
 		debug.SetGCPercent(-1)
-	} else if stats.NumGC == m.collections && stats.HeapAlloc < m.live+m.live/2+headroom/2 {
+		m.collect(&stats)
+	case stats.NumGC != m.collections: // by the limit
+		live := []metrics.Sample{{Name: liveBytes}}
+		metrics.Read(live)
+		m.live = live[0].Value.Uint64()
+	case stats.HeapAlloc < m.live+m.live/2+headroom/2:
 		return
+	default:
+		m.collect(&stats)
 	}
-	debug.FreeOSMemory()
-	runtime.ReadMemStats(&stats)
-	m.collections, m.live = stats.NumGC, stats.HeapAlloc
+	m.collections = stats.NumGC
 	debug.SetMemoryLimit(int64(stats.Sys - stats.HeapSys + m.live + m.live/2 + headroom))
+}
+
+func (m *memoryLimit) collect(stats *runtime.MemStats) {
+	debug.FreeOSMemory()
+	runtime.ReadMemStats(stats)
+	m.live = stats.HeapAlloc
 }

@@ -424,7 +424,7 @@ func (k *Kernel) trampolinePrograms(ctx context.Context, o *Object) ([]uint64, e
 func (k *Kernel) bpfDispatchers(ctx context.Context, b *BPF) error {
 	const prefix, suffix = "bpf_dispatcher_", "_func"
 	var errs problems
-	for _, sym := range k.Image.Symbols.symbols {
+	for sym := range k.Image.Symbols.All() {
 		name, ok := strings.CutSuffix(sym.Name, suffix)
 		if !ok || sym.Module != "" || !strings.HasPrefix(name, prefix) {
 			continue

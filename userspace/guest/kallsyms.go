@@ -544,7 +544,7 @@ func (k *kallsyms) decode(slide uint64) (*decoded, error) {
 		ends[i] = text.Len()
 	}
 	all := text.String()
-	s := &Symbols{symbols: make([]Symbol, k.count), long: true}
+	s := &Symbols{entries: make([]symbolEntry, k.count), text: all, modules: []string{""}, long: true}
 	d := &decoded{symbols: s}
 	start, displaced := 0, 0
 	previous := uint64(0)
@@ -553,6 +553,7 @@ func (k *kallsyms) decode(slide uint64) (*decoded, error) {
 			return nil, fmt.Errorf("symbol %d has no type and name", i)
 		}
 		sym := Symbol{Address: k.address(i), Type: all[start], Name: all[start+1 : end]}
+		e := symbolEntry{name: uint32(start + 1), length: uint16(len(sym.Name)), kind: sym.Type}
 		start = end
 		if !symbolType(sym.Type) {
 			return nil, fmt.Errorf("symbol %d has the type %q", i, sym.Type)
@@ -567,7 +568,8 @@ func (k *kallsyms) decode(slide uint64) (*decoded, error) {
 		if !sym.Absolute() {
 			sym.Address -= slide
 		}
-		s.symbols[i] = sym
+		e.address = sym.Address
+		s.entries[i] = e
 	}
 	k.checkOrder(d)
 	s.sort()
@@ -588,7 +590,7 @@ func (k *kallsyms) checkOrder(d *decoded) {
 			wrong++
 			continue
 		}
-		name := d.symbols.symbols[n].Name
+		name := d.symbols.name(n)
 		if name < previous {
 			if wrong++; first == "" {
 				first, second = previous, name

@@ -87,7 +87,7 @@ func TestKallsyms(t *testing.T) {
 					want[i].Address -= slide
 				}
 			}
-			if diff := cmp.Diff(want, d.symbols.symbols); diff != "" {
+			if diff := cmp.Diff(want, slices.Collect(d.symbols.All())); diff != "" {
 				t.Errorf("%s, %d symbols: (-want +got)\n%s", name, n, diff)
 			}
 			// Elsewhere the same table has the same digest.

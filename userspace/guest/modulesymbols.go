@@ -49,11 +49,9 @@ func (k *Kernel) ReadModules(ctx context.Context) error {
 	r := moduleReader{k: v}
 	k.newest, _ = v.newestModule(ctx)
 	err := errors.Join(r.modules(ctx), r.programs(ctx), r.trampolines(ctx), r.kprobes(ctx))
-	s := &Symbols{symbols: r.symbols, long: true}
-	s.sort()
 	slices.SortFunc(r.extents, func(a, b moduleExtent) int { return cmp.Compare(a.Start, b.Start) })
 	image := *k.Image
-	image.modules, image.extents = s, r.extents
+	image.modules, image.extents = r.list.symbols(true), r.extents
 	k.Image = &image
 	return err
 }
@@ -94,7 +92,7 @@ func (k *Kernel) SameModules(ctx context.Context) bool {
 
 type moduleReader struct {
 	k        *Kernel
-	symbols  []Symbol
+	list     symbolList
 	extents  []moduleExtent
 	count    uint64 // entries of tables
 	exported uint64
@@ -206,7 +204,7 @@ func (r *moduleReader) module(ctx context.Context, at uint64) error {
 		default:
 			sym.Type = c
 		}
-		r.symbols = append(r.symbols, sym)
+		r.list.add(sym)
 	}
 	if unknown != nil {
 		return fail(unknown)
@@ -347,7 +345,7 @@ func (r *moduleReader) add(at uint64, name, module string) {
 	if name == "" {
 		return // kallsyms leaves these out, too
 	}
-	r.symbols = append(r.symbols, Symbol{Name: name, Module: module, Address: at, Type: 't'})
+	r.list.add(Symbol{Name: name, Module: module, Address: at, Type: 't'})
 }
 
 // programs names what BPF's compiler made (struct bpf_ksym, kernel/bpf/core.c).

@@ -966,9 +966,9 @@ func TestModuleTypes(t *testing.T) {
 	if f, err := base.structField("btf", "data_size"); err != nil || f.Offset != 0x50 {
 		t.Fatalf("%+v, %v", f, err)
 	}
-	symbols := &Symbols{long: true, symbols: []Symbol{{Name: "btf_modules", Address: b, Type: 'd'}}}
-	symbols.index()
-	k.Image = NewImage(symbols, 0)
+	var symbols symbolList
+	symbols.add(Symbol{Name: "btf_modules", Address: b, Type: 'd'})
+	k.Image = NewImage(symbols.symbols(true), 0)
 	types, err := k.ModuleTypes(t.Context(), &Module{Name: "mod", Address: b + here})
 	if err != nil {
 		t.Fatal(err)

@@ -6,10 +6,11 @@ import "context"
 
 // PageCache reads whole pages of a Memory and keeps them: for a walk over many
 // neighbouring page-table entries or objects. What it gave once it gives for
-// ever; it is to be dropped with the operation that it was made for.
+// ever; it is to be dropped, or renewed, with the operation that it was made for.
 type PageCache struct {
 	mem   Memory
 	pages map[uint64]*[4096]byte
+	free  []*[4096]byte
 }
 
 // NewPageCache makes a cache of mem, or returns mem if it is one.
@@ -20,7 +21,20 @@ func NewPageCache(mem Memory) *PageCache {
 	return &PageCache{mem: mem, pages: map[uint64]*[4096]byte{}}
 }
 
+// Renew forgets what was read, so that what it gives is again as it is then, and
+// uses the memory again.
+func (c *PageCache) Renew() {
+	for _, page := range c.pages {
+		if len(c.free) < maxFreePages {
+			c.free = append(c.free, page)
+		}
+	}
+	clear(c.pages)
+}
+
 const (
+	// maxFreePages is for the page tables on the way to what is watched.
+	maxFreePages = 32
 	// maxCachedPages bounds what hostile page tables can make a cache hold:
 	// 16 MiB.
 	maxCachedPages = 4096
@@ -59,22 +73,25 @@ func (c *PageCache) fill(ctx context.Context, frame, size uint64) error {
 	if uint64(len(c.pages))+count > maxCachedPages {
 		clear(c.pages)
 	}
-	pages := make([][4096]byte, count)
 	if count == 1 {
-		if err := c.mem.ReadPhysical(ctx, frame, pages[0][:]); err != nil {
+		var page *[4096]byte
+		if n := len(c.free); n > 0 {
+			page, c.free = c.free[n-1], c.free[:n-1]
+		} else {
+			page = new([4096]byte)
+		}
+		if err := c.mem.ReadPhysical(ctx, frame, page[:]); err != nil {
 			return err
 		}
-	} else {
-		data := make([]byte, count*4096)
-		if err := c.mem.ReadPhysical(ctx, frame, data); err != nil {
-			return err
-		}
-		for i := range pages {
-			copy(pages[i][:], data[i*4096:])
-		}
+		c.pages[frame] = page
+		return nil
 	}
-	for i := range pages {
-		c.pages[frame+uint64(i)*4096] = &pages[i]
+	data := make([]byte, count*4096)
+	if err := c.mem.ReadPhysical(ctx, frame, data); err != nil {
+		return err
+	}
+	for i := range count {
+		c.pages[frame+i*4096] = (*[4096]byte)(data[i*4096:])
 	}
 	return nil
 }

@@ -134,7 +134,7 @@ func (k *Kernel) StaticTrampolines(ctx context.Context) ([]StaticTrampoline, err
 	k = k.View()
 	var found []StaticTrampoline
 	var errs problems
-	for _, sym := range k.Image.Symbols.symbols {
+	for sym := range k.Image.Symbols.All() {
 		name, ok := strings.CutPrefix(sym.Name, prefixStaticTrampoline)
 		if !ok || sym.Module != "" {
 			continue

@@ -11,6 +11,7 @@ import (
 	"hash/maphash"
 	"io"
 	"iter"
+	"math"
 	"math/bits"
 	"slices"
 	"sort"
@@ -38,14 +39,26 @@ func (s Symbol) Text() bool {
 // Symbols are those of one kernel, as its symbol file gives them. They do not
 // change once parsed and may be shared.
 type Symbols struct {
-	symbols []Symbol // by address; of equal ones in the file's order
-	long    bool     // of a 64-bit kernel
+	entries []symbolEntry // by address; of equal ones in the file's order
+	text    string        // all names
+	modules []string      // their names; the first is none
+	long    bool          // of a 64-bit kernel
 	once    sync.Once
 	names   nameIndex
 }
 
+// symbolEntry is a Symbol without a pointer. There are some hundred thousand, and
+// the garbage collector would follow each pointer in them.
+type symbolEntry struct {
+	address uint64
+	name    uint32 // where it begins in text
+	module  uint32 // in modules
+	length  uint16 // of the name
+	kind    byte
+}
+
 // nameIndex finds the kernel image's symbols by name. Each number is an index
-// of symbols, plus 1.
+// of entries, plus 1.
 type nameIndex struct {
 	seed  maphash.Seed
 	first []uint32 // by hash of the name
@@ -81,40 +94,73 @@ func (e *SyntaxError) Error() string {
 // several addresses and the other way round. The error is a *SyntaxError,
 // ErrZeroAddresses, ErrNoSymbols or the reader's.
 func ParseSymbols(r io.Reader) (*Symbols, error) {
-	s := &Symbols{}
+	var list symbolList
 	in := bufio.NewScanner(r)
 	in.Buffer(make([]byte, 0, maxSymbolLine), maxSymbolLine)
-	modules := map[string]string{}
-	line, zero := 0, true
+	line, zero, long := 0, true, false
 	for in.Scan() {
 		line++
 		text := in.Bytes()
 		if len(bytes.TrimSpace(text)) == 0 {
 			continue
 		}
-		sym, reason := parseSymbol(text, modules)
+		sym, reason := parseSymbol(text)
 		if reason != "" {
 			return nil, &SyntaxError{Line: line, Text: clip(text), Reason: reason}
 		}
-		if len(s.symbols) == maxSymbols {
+		switch {
+		case len(list.entries) == maxSymbols:
 			return nil, &SyntaxError{Line: line, Text: clip(text), Reason: fmt.Sprintf("more than %d symbols", maxSymbols)}
+		case len(list.text)+len(sym.Name) > math.MaxUint32:
+			return nil, &SyntaxError{Line: line, Text: clip(text), Reason: fmt.Sprintf("more than %d bytes of names", uint32(math.MaxUint32))}
 		}
 		zero = zero && (sym.Address == 0 || sym.Absolute())
-		s.long = s.long || sym.Address>>32 != 0
-		s.symbols = append(s.symbols, sym)
+		long = long || sym.Address>>32 != 0
+		list.add(sym)
 	}
 	switch err := in.Err(); {
 	case errors.Is(err, bufio.ErrTooLong):
 		return nil, &SyntaxError{Line: line + 1, Reason: fmt.Sprintf("longer than %d bytes", maxSymbolLine)}
 	case err != nil:
 		return nil, fmt.Errorf("line %d: %w", line+1, err)
-	case len(s.symbols) == 0:
+	case len(list.entries) == 0:
 		return nil, ErrNoSymbols
 	case zero:
 		return nil, ErrZeroAddresses
 	}
+	return list.symbols(long), nil
+}
+
+// symbolList collects what becomes Symbols. Names have at most 65,535 bytes, all of
+// them 4 GiB.
+type symbolList struct {
+	entries []symbolEntry
+	text    []byte
+	modules []string
+	numbers map[string]uint32 // of modules
+}
+
+func (l *symbolList) add(sym Symbol) {
+	if l.modules == nil {
+		l.modules, l.numbers = []string{""}, map[string]uint32{"": 0}
+	}
+	module, ok := l.numbers[sym.Module]
+	if !ok {
+		module = uint32(len(l.modules))
+		l.modules = append(l.modules, sym.Module)
+		l.numbers[sym.Module] = module
+	}
+	l.entries = append(l.entries, symbolEntry{
+		address: sym.Address, name: uint32(len(l.text)), module: module, length: uint16(len(sym.Name)), kind: sym.Type,
+	})
+	l.text = append(l.text, sym.Name...)
+}
+
+// symbols are those in the list.
+func (l *symbolList) symbols(long bool) *Symbols {
+	s := &Symbols{entries: l.entries, text: string(l.text), modules: l.modules, long: long}
 	s.sort()
-	return s, nil
+	return s
 }
 
 func clip(text []byte) string {
@@ -125,7 +171,7 @@ func clip(text []byte) string {
 	return string(text)
 }
 
-func parseSymbol(text []byte, modules map[string]string) (Symbol, string) {
+func parseSymbol(text []byte) (Symbol, string) {
 	var sym Symbol
 	address, rest, ok := bytes.Cut(text, []byte(" "))
 	if !ok {
@@ -144,13 +190,7 @@ func parseSymbol(text []byte, modules map[string]string) (Symbol, string) {
 	fields := bytes.Fields(rest)
 	switch {
 	case len(fields) == 2 && len(fields[1]) > 2 && fields[1][0] == '[' && fields[1][len(fields[1])-1] == ']':
-		name := fields[1][1 : len(fields[1])-1]
-		module, ok := modules[string(name)]
-		if !ok {
-			module = string(name)
-			modules[module] = module
-		}
-		sym.Module = module
+		sym.Module = string(fields[1][1 : len(fields[1])-1])
 	case len(fields) == 0:
 		return sym, "the name is missing"
 	case bytes.HasPrefix(rest, []byte("The real System.map is in ")):
@@ -168,20 +208,20 @@ func symbolType(c byte) bool {
 
 // sort puts the symbols in order.
 func (s *Symbols) sort() {
-	byAddress := func(a, b Symbol) int { return cmp.Compare(a.Address, b.Address) }
-	if !slices.IsSortedFunc(s.symbols, byAddress) {
-		slices.SortStableFunc(s.symbols, byAddress)
+	byAddress := func(a, b symbolEntry) int { return cmp.Compare(a.address, b.address) }
+	if !slices.IsSortedFunc(s.entries, byAddress) {
+		slices.SortStableFunc(s.entries, byAddress)
 	}
 }
 
 func (s *Symbols) index() {
 	x := &s.names
 	x.seed = maphash.MakeSeed()
-	x.first = make([]uint32, 1<<bits.Len(uint(len(s.symbols))))
-	x.next = make([]uint32, len(s.symbols))
-	for i := len(s.symbols) - 1; i >= 0; i-- {
-		if s.symbols[i].Module == "" {
-			slot := &x.first[x.slot(s.symbols[i].Name)]
+	x.first = make([]uint32, 1<<bits.Len(uint(len(s.entries))))
+	x.next = make([]uint32, len(s.entries))
+	for i := len(s.entries) - 1; i >= 0; i-- {
+		if s.entries[i].module == 0 {
+			slot := &x.first[x.slot(s.name(i))]
 			x.next[i], *slot = *slot, uint32(i+1)
 		}
 	}
@@ -192,20 +232,38 @@ func (x *nameIndex) slot(name string) uint64 {
 }
 
 // Len is the number of symbols.
-func (s *Symbols) Len() int { return len(s.symbols) }
+func (s *Symbols) Len() int { return len(s.entries) }
 
 // Long says whether they are a 64-bit kernel's.
 func (s *Symbols) Long() bool { return s.long }
 
 // All are the symbols, by address.
-func (s *Symbols) All() iter.Seq[Symbol] { return slices.Values(s.symbols) }
+func (s *Symbols) All() iter.Seq[Symbol] {
+	return func(yield func(Symbol) bool) {
+		for i := range s.entries {
+			if !yield(s.symbol(i)) {
+				return
+			}
+		}
+	}
+}
+
+func (s *Symbols) name(i int) string {
+	e := &s.entries[i]
+	return s.text[e.name:][:e.length]
+}
+
+func (s *Symbols) symbol(i int) Symbol {
+	e := &s.entries[i]
+	return Symbol{Name: s.name(i), Module: s.modules[e.module], Address: e.address, Type: e.kind}
+}
 
 // Lookup finds a symbol of the kernel image by name; modules' are not looked
 // at, since anyone who loads one names them. Of several, the one with the
 // lowest address is returned.
 func (s *Symbols) Lookup(name string) (Symbol, bool) {
 	for i := range s.named(name) {
-		return s.symbols[i], true
+		return s.symbol(i), true
 	}
 	return Symbol{}, false
 }
@@ -214,7 +272,7 @@ func (s *Symbols) Lookup(name string) (Symbol, bool) {
 func (s *Symbols) LookupAll(name string) []Symbol {
 	var found []Symbol
 	for i := range s.named(name) {
-		found = append(found, s.symbols[i])
+		found = append(found, s.symbol(i))
 	}
 	return found
 }
@@ -222,7 +280,7 @@ func (s *Symbols) LookupAll(name string) []Symbol {
 // has says whether the kernel image has a symbol of the name at the address.
 func (s *Symbols) has(name string, addr uint64) bool {
 	for i := range s.named(name) {
-		if s.symbols[i].Address == addr {
+		if s.entries[i].address == addr {
 			return true
 		}
 	}
@@ -234,7 +292,7 @@ func (s *Symbols) named(name string) iter.Seq[int] {
 	s.once.Do(s.index)
 	return func(yield func(int) bool) {
 		for i := s.names.first[s.names.slot(name)]; i != 0; i = s.names.next[i-1] {
-			if s.symbols[i-1].Name == name && !yield(int(i-1)) {
+			if s.name(int(i-1)) == name && !yield(int(i-1)) {
 				return
 			}
 		}
@@ -244,22 +302,22 @@ func (s *Symbols) named(name string) iter.Seq[int] {
 // At returns the symbols at the highest address not above addr, in the file's
 // order, and how far below it they lie; none if only absolute ones do.
 func (s *Symbols) At(addr uint64) ([]Symbol, uint64) {
-	high := sort.Search(len(s.symbols), func(i int) bool { return s.symbols[i].Address > addr })
+	high := sort.Search(len(s.entries), func(i int) bool { return s.entries[i].address > addr })
 	for high > 0 {
 		low := high - 1
-		for low > 0 && s.symbols[low-1].Address == s.symbols[high-1].Address {
+		for low > 0 && s.entries[low-1].address == s.entries[high-1].address {
 			low--
 		}
 		var found []Symbol
-		for _, sym := range s.symbols[low:high] {
-			if !sym.Absolute() && sym.Address != 0 {
+		for i := low; i < high; i++ {
+			if sym := s.symbol(i); !sym.Absolute() && sym.Address != 0 {
 				found = append(found, sym)
 			}
 		}
 		if found != nil {
 			return found, addr - found[0].Address
 		}
-		if s.long && s.symbols[low].Address>>63 == 0 {
+		if s.long && s.entries[low].address>>63 == 0 {
 			break
 		}
 		high = low
@@ -269,19 +327,19 @@ func (s *Symbols) At(addr uint64) ([]Symbol, uint64) {
 
 // next is the address of the first symbol above addr.
 func (s *Symbols) next(addr uint64) (uint64, bool) {
-	i := sort.Search(len(s.symbols), func(i int) bool { return s.symbols[i].Address > addr })
-	if i == len(s.symbols) {
+	i := sort.Search(len(s.entries), func(i int) bool { return s.entries[i].address > addr })
+	if i == len(s.entries) {
 		return 0, false
 	}
-	return s.symbols[i].Address, true
+	return s.entries[i].address, true
 }
 
 // within says whether addr, at or behind a symbol of the module, is in it for
 // sure: before another of its symbols, or in the same page as the last one.
 func (s *Symbols) within(addr uint64, module string) bool {
-	i := sort.Search(len(s.symbols), func(i int) bool { return s.symbols[i].Address > addr })
-	if i < len(s.symbols) && s.symbols[i].Module == module {
+	i := sort.Search(len(s.entries), func(i int) bool { return s.entries[i].address > addr })
+	if i < len(s.entries) && s.modules[s.entries[i].module] == module {
 		return true
 	}
-	return i > 0 && s.symbols[i-1].Address&^4095 == addr&^4095
+	return i > 0 && s.entries[i-1].address&^4095 == addr&^4095
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -88,7 +89,7 @@ func TestParseSymbolsForms(t *testing.T) {
 			t.Errorf("%s: %v", tt.name, err)
 			continue
 		}
-		if diff := cmp.Diff(tt.want, s.symbols, cmpopts.EquateEmpty()); diff != "" {
+		if diff := cmp.Diff(tt.want, slices.Collect(s.All()), cmpopts.EquateEmpty()); diff != "" {
 			t.Errorf("%s: (-want +got)\n%s", tt.name, diff)
 		}
 	}
@@ -210,7 +211,7 @@ func FuzzParseSymbols(f *testing.F) {
 			}
 			return
 		}
-		for _, sym := range s.symbols {
+		for sym := range s.All() {
 			if sym.Name == "" || strings.ContainsAny(sym.Name, " \t\n") {
 				t.Fatalf("symbol %+v", sym)
 			}

@@ -287,11 +287,13 @@ func typesWorld(t testing.TB, name string, rodata []byte, start, stop int) *Kern
 		put64(r.pages, gpa+gva>>12&511*8, frames+at|1)
 	}
 	r.pages.WritePhysical(frames, append(slices.Clone(rodata), make([]byte, 4096)...))
-	symbols := slices.Clone(r.Image.Symbols.symbols)
-	symbols = append(symbols, Symbol{Name: "__start_BTF", Address: base + uint64(start), Type: 'D'}, Symbol{Name: "__stop_BTF", Address: base + uint64(stop), Type: 'D'})
-	all := &Symbols{symbols: symbols, long: true}
-	all.index()
-	r.Image = NewImage(all, 0)
+	var all symbolList
+	for sym := range r.Image.Symbols.All() {
+		all.add(sym)
+	}
+	all.add(Symbol{Name: "__start_BTF", Address: base + uint64(start), Type: 'D'})
+	all.add(Symbol{Name: "__stop_BTF", Address: base + uint64(stop), Type: 'D'})
+	r.Image = NewImage(all.symbols(true), 0)
 	r.Types = nil
 	r.Rodata = Extent{base, base + uint64(len(rodata))}
 	return r.Kernel

@@ -110,6 +110,8 @@ type Monitor struct {
 	errs    []error               // why
 	dst     []kvmaccess.RangeData // for the next read
 	places  []place               // where they lie, as WatchItems found
+	watched watchedMemory         // what WatchItems listed of them
+	tables  *guest.PageCache      // page tables on the way to them
 	unseen  bool                  // the last Tick could not read all, for a reason of the host
 
 	kernel      *guest.Kernel // as found last; nil: it was not
@@ -572,6 +574,7 @@ func (m *Monitor) wait(reason string) {
 	m.g = nil
 	m.cpus, m.leader = nil, nil
 	m.objects, m.ranges, m.data, m.errs, m.places = nil, nil, nil, nil, nil
+	m.watched, m.tables = watchedMemory{}, nil
 	m.status.State, m.status.Reason = StateWaiting, reason
 	m.status.VCPUs, m.status.Waiting, m.status.Bytes = 0, 0, 0
 }

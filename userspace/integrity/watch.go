@@ -19,8 +19,9 @@ import (
 // Monitor saw it last, so that what is found, and what is in order again, are
 // both told.
 type WatchItem struct {
-	kvmaccess.Item        // without a Cookie
+	kvmaccess.Item        // without a Cookie; Data is not to be written to
 	What           string // what it is of, in words
+	key            *WatchKey
 }
 
 // WatchKey tells WatchItems apart: those with the same key are the same.
@@ -52,6 +53,9 @@ func (w *WatchItem) Place() WatchPlace {
 
 // Key is where the item looks, and what it expects there.
 func (w *WatchItem) Key() WatchKey {
+	if w.key != nil {
+		return *w.key
+	}
 	data := w.Data
 	for _, d := range w.Digests {
 		data = binary.LittleEndian.AppendUint64(data, d)
@@ -157,7 +161,7 @@ func (m *Monitor) WatchItems(ctx context.Context) (WatchList, error) {
 // is less to compare. Those of vCPUs that do not run the kernel are there, too:
 // that they change says that one comes up.
 func (m *Monitor) watchRegisters() []WatchItem {
-	var items []WatchItem
+	items := make([]WatchItem, 0, len(watchedRegisters)+4*len(m.cpus)+len(m.watched[0])) // with memory behind
 	vms := slices.ContainsFunc(m.cpus, func(c *cpu) bool { return hasVMs(&c.state.Registers) })
 	for i, r := range watchedRegisters {
 		same := true
@@ -198,16 +202,31 @@ func (m *Monitor) watchMemory(ctx context.Context, list *WatchList) error {
 	if !m.rootFixed {
 		root = m.currentRoot()
 	}
-	walk := walkRecorder{mem: guest.NewPageCache(m.mem)}
-	seen := map[WatchPlace]bool{}
-	add := func(it WatchItem) {
-		if p := it.Place(); !seen[p] {
-			seen[p] = true
-			list.Items = append(list.Items, it)
+	if m.tables == nil {
+		m.tables = guest.NewPageCache(m.mem)
+	} else if m.tables != m.mem {
+		m.tables.Renew()
+	}
+	walk := walkRecorder{mem: m.tables}
+	// What is as it was is listed as it was: mostly all of it.
+	seen, before := m.watched.next()
+	add := func(it WatchItem, data []byte) {
+		p := it.Place()
+		if _, ok := seen[p]; ok {
+			return
 		}
+		l, ok := before[p]
+		if !ok || l.key.value != it.Value || l.key.mask != it.Mask || !bytes.Equal(l.data, data) {
+			it.Data = bytes.Clone(data)
+			l = listed{it.Data, ref(it.Key())}
+		}
+		it.Data, it.key = l.data, l.key
+		seen[p] = l
+		list.Items = append(list.Items, it)
 	}
 	for i, r := range m.ranges {
 		what := m.rangeName(i)
+		tablesOf := "page tables of " + what
 		for offset := uint64(0); offset < uint64(r.Length); {
 			gva := r.Address + offset
 			n := min(4096-gva&4095, uint64(r.Length)-offset)
@@ -223,14 +242,13 @@ func (m *Monitor) watchMemory(ctx context.Context, list *WatchList) error {
 				walk.entries = walk.entries[1:] // a process' own
 			}
 			for _, e := range walk.entries {
-				add(e.item("page tables of " + what))
+				add(e.item(tablesOf), nil)
 			}
 			if err == nil && m.data[i] != nil {
 				for _, part := range m.parts(i, offset, n) {
 					add(WatchItem{Item: kvmaccess.Item{
 						Kind: kvmaccess.KindBytes, GPA: t.GPA + part.Start - offset,
-						Data: bytes.Clone(m.data[i][part.Start:part.End]),
-					}, What: what})
+					}, What: what}, m.data[i][part.Start:part.End])
 				}
 				m.places = append(m.places, place{t.GPA, n, i, offset})
 			}
@@ -238,6 +256,25 @@ func (m *Monitor) watchMemory(ctx context.Context, list *WatchList) error {
 		}
 	}
 	return nil
+}
+
+// listed is what there is to keep of a WatchItem for the next list.
+type listed struct {
+	data []byte
+	key  *WatchKey
+}
+
+// watchedMemory is what was listed last of memory, by place, and before.
+type watchedMemory [2]map[WatchPlace]listed
+
+// next begins a new list; before is the last one.
+func (w *watchedMemory) next() (now, before map[WatchPlace]listed) {
+	w[0], w[1] = w[1], w[0]
+	if w[0] == nil {
+		w[0] = map[WatchPlace]listed{}
+	}
+	clear(w[0])
+	return w[0], w[1]
 }
 
 // parts splits what a range has from offset on into what changes as programs

@@ -696,3 +696,22 @@ func TestText(t *testing.T) {
 		t.Errorf("of a guest that restarts: %q, %v", texts(found), err)
 	}
 }
+
+// BenchmarkWatchItems has nothing change, as most rounds have.
+func BenchmarkWatchItems(b *testing.B) {
+	w := recorded(b, "debian12")
+	m := w.monitor(Options{Symbols: w.symbols, Settle: -1})
+	if _, err := m.Tick(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		list, err := m.WatchItems(b.Context())
+		if err != nil || len(list.Items) == 0 {
+			b.Fatal(len(list.Items), err)
+		}
+		for i := range list.Items {
+			list.Items[i].Key()
+		}
+	}
+}
