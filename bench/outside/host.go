@@ -23,12 +23,12 @@ import (
 // wallNice is the priority of an emulator that runs by the wall's clock.
 const wallNice = -10
 
-// A host that says nothing for stallLimit stands still. QEMU does that to
-// about one host in four while its guest boots by the instruction clock: it
-// interrupts the nested guest where interrupts are off, and the guest waits for
-// a lock that it holds itself. Another host begins anew, or goes on with what
-// is still to be done, maxRestarts times. Each is given twice as long as the
-// one before, in case this machine is merely slow.
+// A host that says nothing for stallLimit stands still. QEMU does that to some
+// hosts while their guests boot by the instruction clock: it interrupts the
+// nested guest where interrupts are off, and the guest waits for a lock that it
+// holds itself (why, and what makes that rarer: package guest). Another host
+// begins anew, or goes on with what is still to be done, maxRestarts times. Each
+// is given twice as long as the one before, in case this machine is merely slow.
 const (
 	stallLimit  = 75 * time.Second
 	maxRestarts = 5

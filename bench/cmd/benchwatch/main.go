@@ -44,7 +44,7 @@ type mode struct {
 var (
 	full = mode{
 		plan:  sample.Plan{Mode: daemon.ModeWatch, Clock: sample.Icount, Periods: periods, Repetitions: 6, MinTicks: 10, MaxTicks: 1000, Window: 5 * time.Second},
-		ticks: 8, latency: 1000, transient: 400, bulk: 8, passes: 6, pairs: 24,
+		ticks: 8, latency: 1000, transient: 400, bulk: 8, passes: 6, pairs: 120,
 	}
 	fast = mode{
 		plan:  sample.Plan{Mode: daemon.ModeWatch, Clock: sample.Icount, Periods: periods, Repetitions: 3, MinTicks: 10, MaxTicks: 500, Window: 2 * time.Second},
