@@ -108,10 +108,8 @@ func TimeFindings(ctx context.Context, period time.Duration, n int, random *rand
 			}
 		}
 	}
-	between, release := HoldGarbage()
-	defer release()
+	defer HoldGarbage()()
 	for i := range n {
-		between(i)
 		if err := Sleep(ctx, quiet+time.Duration(random.Int64N(int64(2*period)))); err != nil {
 			return nil, nil, 0, err
 		}

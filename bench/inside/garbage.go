@@ -2,22 +2,19 @@
 
 package inside
 
-import (
-	"runtime"
-	"runtime/debug"
-)
+import "runtime/debug"
 
-// garbageEach is how many changes a program that times them collects no garbage.
-const garbageEach = 20
+// garbageLimit is far more than what a thousand findings leave, in bytes, and
+// little of a host's memory.
+const garbageLimit = 256 << 20
 
 // HoldGarbage keeps this program from collecting garbage until release is called,
-// but between the changes that it times: between is called before each. On one CPU
-// its collector would take a millisecond or two of some finding's time.
-func HoldGarbage() (between func(change int), release func()) {
-	percent := debug.SetGCPercent(-1)
-	return func(change int) {
-		if change%garbageEach == 0 {
-			runtime.GC()
-		}
-	}, func() { debug.SetGCPercent(percent) }
+// unless there is very much of it. On one CPU its collector, and what follows a
+// collection, would take a millisecond or two of some finding's time.
+func HoldGarbage() (release func()) {
+	percent, limit := debug.SetGCPercent(-1), debug.SetMemoryLimit(garbageLimit)
+	return func() {
+		debug.SetGCPercent(percent)
+		debug.SetMemoryLimit(limit)
+	}
 }

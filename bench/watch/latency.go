@@ -87,10 +87,8 @@ func (c *Changes) take(ctx context.Context, b *inside.Bench, n int, random *rand
 		err = errors.Join(err, end)
 	}()
 	read := []kvmaccess.RangeData{{}}
-	between, release := inside.HoldGarbage()
-	defer release()
+	defer inside.HoldGarbage()()
 	for i := range n {
-		between(i)
 		if err := inside.Sleep(ctx, quiet+time.Duration(random.Int64N(int64(2*c.Period)))); err != nil {
 			return err
 		}
