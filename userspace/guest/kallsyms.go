@@ -9,9 +9,9 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sort"
-	"strings"
 )
 
 // The kernel's own symbol table (kernel/kallsyms.c, scripts/kallsyms.c) is in
@@ -517,38 +517,30 @@ func (d *decoded) doubt(format string, args ...any) {
 
 // decode makes Symbols of the table, moved by -slide.
 func (k *kallsyms) decode(slide uint64) (*decoded, error) {
+	ends := make([]uint32, k.count)
+	sizes := k.tokenSizes()
 	total, at := 0, 0
-	for range k.count {
-		length, size := nameLength(k.names[at:])
-		at += size
-		for _, c := range k.names[at : at+length] {
-			total += len(k.tokens[c])
-		}
-		at += length
-	}
-	if total > k.count*longestName {
-		return nil, fmt.Errorf("%d names of %d bytes", k.count, total)
-	}
-	// One string holds all names.
-	var text strings.Builder
-	text.Grow(total)
-	ends := make([]int, k.count)
-	at = 0
 	for i := range ends {
 		length, size := nameLength(k.names[at:])
 		at += size
 		for _, c := range k.names[at : at+length] {
-			text.WriteString(k.tokens[c])
+			total += int(sizes[c])
 		}
 		at += length
-		ends[i] = text.Len()
+		if total > k.count*longestName || total > math.MaxUint32 {
+			return nil, fmt.Errorf("%d names of more than %d bytes", k.count, total)
+		}
+		ends[i] = uint32(total)
 	}
-	all := text.String()
+	all := k.expand(total, &sizes)
+	order := make(chan string, 1)
+	go func() { order <- k.checkOrder(all, ends) }()
 	s := &Symbols{entries: make([]symbolEntry, k.count), text: all, modules: []string{""}, long: true}
 	d := &decoded{symbols: s}
 	start, displaced := 0, 0
 	previous := uint64(0)
-	for i, end := range ends {
+	for i := range ends {
+		end := int(ends[i])
 		if end-start < 2 {
 			return nil, fmt.Errorf("symbol %d has no type and name", i)
 		}
@@ -571,15 +563,55 @@ func (k *kallsyms) decode(slide uint64) (*decoded, error) {
 		e.address = sym.Address
 		s.entries[i] = e
 	}
-	k.checkOrder(d)
 	s.sort()
+	if doubt := <-order; doubt != "" {
+		d.doubt("%s", doubt)
+	}
 	return d, nil
 }
 
-// checkOrder doubts names that are not where the table of their order has them.
-func (k *kallsyms) checkOrder(d *decoded) {
+// tokenSizes are the tokens' lengths.
+func (k *kallsyms) tokenSizes() (sizes [256]uint16) {
+	for i, token := range k.tokens {
+		sizes[i] = uint16(len(token))
+	}
+	return sizes
+}
+
+// expand makes one string of all names, of which total is the length.
+func (k *kallsyms) expand(total int, sizes *[256]uint16) string {
+	// Most tokens are short: all of a word is written, and what is behind the
+	// token is written over.
+	const word = 8
+	var words [256]uint64
+	for i, token := range k.tokens {
+		var p [word]byte
+		copy(p[:], token)
+		words[i] = binary.LittleEndian.Uint64(p[:])
+	}
+	text := make([]byte, total+word)
+	at, to := 0, 0
+	for range k.count {
+		length, size := nameLength(k.names[at:])
+		at += size
+		for _, c := range k.names[at : at+length] {
+			if sizes[c] <= word {
+				binary.LittleEndian.PutUint64(text[to:], words[c])
+			} else {
+				copy(text[to:], k.tokens[c])
+			}
+			to += int(sizes[c])
+		}
+		at += length
+	}
+	return string(text[:total])
+}
+
+// checkOrder says which names, that end in all at ends, are not where the table of
+// their order has them; empty: none.
+func (k *kallsyms) checkOrder(all string, ends []uint32) string {
 	if k.order == nil {
-		return
+		return ""
 	}
 	wrong := 0
 	var first, second string
@@ -590,7 +622,11 @@ func (k *kallsyms) checkOrder(d *decoded) {
 			wrong++
 			continue
 		}
-		name := d.symbols.name(n)
+		start := uint32(0)
+		if n > 0 {
+			start = ends[n-1]
+		}
+		name := all[min(start+1, ends[n]):ends[n]] // without its type
 		if name < previous {
 			if wrong++; first == "" {
 				first, second = previous, name
@@ -600,9 +636,10 @@ func (k *kallsyms) checkOrder(d *decoded) {
 	}
 	// A kernel built with clang's link-time optimization sorts names without
 	// their suffixes.
-	if wrong > 0 && wrong <= k.count/64 {
-		d.doubt("the table of the names' order does not fit the names: %q comes before %q", first, second)
+	if wrong == 0 || wrong > k.count/64 {
+		return ""
 	}
+	return fmt.Sprintf("the table of the names' order does not fit the names: %q comes before %q", first, second)
 }
 
 // find returns the addresses of some symbols, by their places in names; 0: the
@@ -618,6 +655,12 @@ func (k *kallsyms) find(names ...string) []uint64 {
 			possible[c] = possible[c] || n <= 0 || head[1:1+n] == name[:n]
 		}
 	}
+	// Nor are most as long as one of these.
+	sizes := k.tokenSizes()
+	var asLong [longestName + 1]bool
+	for _, name := range names {
+		asLong[1+len(name)] = true
+	}
 	at := 0
 	for i := range k.count {
 		length, size := nameLength(k.names[at:])
@@ -627,15 +670,16 @@ func (k *kallsyms) find(names ...string) []uint64 {
 		if !possible[token[0]] {
 			continue
 		}
+		total := 0
+		for _, c := range token {
+			total += int(sizes[c])
+		}
+		if total >= len(asLong) || !asLong[total] {
+			continue
+		}
 		text := buf[:0]
 		for _, c := range token {
-			if len(text)+len(k.tokens[c]) > len(buf) {
-				break
-			}
 			text = append(text, k.tokens[c]...)
-		}
-		if len(text) == 0 {
-			continue
 		}
 		for j, name := range names {
 			if found[j] == 0 && string(text[1:]) == name {
@@ -646,18 +690,53 @@ func (k *kallsyms) find(names ...string) []uint64 {
 	return found
 }
 
-// digest is that of all that the symbols' names and, against text, their
-// addresses are made of. text is the address of _text.
-func (k *kallsyms) digest(text uint64) string {
-	h := sha256.New()
+// tableContent is all that the symbols' names and, against text, their addresses
+// are made of.
+type tableContent struct {
+	count                        int
+	layout                       addressLayout
+	base, at                     uint64
+	table, names, offsets, order []byte
+}
+
+// content is that of the table; text is the address of _text.
+func (k *kallsyms) content(text uint64) tableContent {
 	base := k.base
 	if k.layout == layoutPercpu || k.layout == layoutBase {
 		base -= text
 	}
-	fmt.Fprintf(h, "%d %v %#x %#x %d %d\n", k.count, k.layout, base, k.at-text, len(k.names), len(k.order))
-	h.Write(k.table)
-	h.Write(k.names)
-	h.Write(k.offsets)
-	h.Write(k.order)
+	return tableContent{k.count, k.layout, base, k.at - text, k.table, k.names, k.offsets, k.order}
+}
+
+func (c *tableContent) parts() []*[]byte {
+	return []*[]byte{&c.table, &c.names, &c.offsets, &c.order}
+}
+
+func (c *tableContent) equal(d *tableContent) bool {
+	if c.count != d.count || c.layout != d.layout || c.base != d.base || c.at != d.at {
+		return false
+	}
+	other := d.parts()
+	for i, p := range c.parts() {
+		if !bytes.Equal(*p, *other[i]) {
+			return false
+		}
+	}
+	return true
+}
+
+func (c tableContent) clone() tableContent {
+	for _, p := range c.parts() {
+		*p = bytes.Clone(*p)
+	}
+	return c
+}
+
+func (c *tableContent) digest() string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%d %v %#x %#x %d %d\n", c.count, c.layout, c.base, c.at, len(c.names), len(c.order))
+	for _, p := range c.parts() {
+		h.Write(*p)
+	}
 	return hex.EncodeToString(h.Sum(nil))
 }

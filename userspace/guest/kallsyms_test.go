@@ -104,8 +104,8 @@ func TestKallsyms(t *testing.T) {
 			other, err := findKallsyms(&section{gva: madeTable + delta, data: moved}, hasText(text+delta))
 			if err != nil {
 				t.Errorf("%s, %d symbols, moved: %v", name, n, err)
-			} else if a, b := k.digest(text), other.digest(text+delta); a != b {
-				t.Errorf("%s, %d symbols: digest %s, moved %s", name, n, a, b)
+			} else if a, b := k.content(text), other.content(text+delta); !a.equal(&b) || a.digest() != b.digest() {
+				t.Errorf("%s, %d symbols: digest %s, moved %s", name, n, a.digest(), b.digest())
 			}
 		}
 	}
@@ -235,7 +235,8 @@ func decodeAny(t *testing.T, s *section) {
 	if err != nil {
 		return
 	}
-	k.digest(madeText)
+	c := k.content(madeText)
+	c.digest()
 	for _, x := range k.parts {
 		if x.Start < s.gva || x.End > s.gva+uint64(len(s.data)) || x.End < x.Start {
 			t.Errorf("part %#x of %d bytes at %#x", x, len(s.data), s.gva)

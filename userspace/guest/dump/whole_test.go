@@ -285,3 +285,19 @@ func FuzzAttach(f *testing.F) {
 		k.Runs(t.Context(), changed.CPUs)
 	})
 }
+
+// BenchmarkAttach attaches to a guest that was never seen before, and to one of a
+// kernel that was.
+func BenchmarkAttach(b *testing.B) {
+	s := readWhole(b)
+	for name, cache := range map[string]*guest.Cache{"cold": nil, "cached": {}} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := guest.Attach(b.Context(), &Dump{whole: s}, guest.AttachOptions{Cache: cache}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
