@@ -69,3 +69,26 @@ func TestSilentReset(t *testing.T) {
 		})
 	}
 }
+
+func TestStrayWrite(t *testing.T) {
+	const (
+		said = "[  342.572981] kvm: kvm [1198]: vcpu0, guest rIP: 0xffffffffab296048 Unhandled WRMSR(0xc0010007) = 0xffff\r\n"
+		end  = "[  358.543059] Kernel panic - not syncing: corrupted stack end detected inside scheduler\r\n" +
+			"[  358.548856] Call Trace:\r\n"
+	)
+	for _, tt := range []struct {
+		name, console    string
+		sanitizers, want bool
+	}{
+		{"seen", said + end, false, true},
+		{"with sanitizers", said + end, true, false},
+		{"trouble before", said + "[  350.1] BUG: KASAN: stack-out-of-bounds\r\n" + end, false, false},
+		{"a stack that grew", said + "[  350.1] BUG: TASK stack guard page was hit\r\n" + end, false, false},
+		{"another panic", said + "[  358.5] Kernel panic - not syncing: Fatal exception\r\n", false, false},
+		{"none", said, false, false},
+	} {
+		if err := strayWrite([]byte(tt.console), tt.sanitizers); errors.Is(err, errContradiction) != tt.want {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}

@@ -251,7 +251,7 @@ func bootAndRelay(ctx context.Context, dir string, root *cache.Root, c Config) (
 		if errors.Is(lost, fs.ErrNotExist) {
 			lost = nil
 		}
-		err = errors.Join(err, lost, contradiction(console), silentReset(resets, console))
+		err = errors.Join(err, lost, contradiction(console), silentReset(resets, console), strayWrite(console, root.Suite.Kernel != nil))
 		return 0, fmt.Errorf("%w: %w\nend of its console:\n%s", ErrTrouble, err, tail(console, 60))
 	}
 	c.Log.Info("the host is done", "exit", r.code, "seconds", int(time.Since(start).Seconds()))
