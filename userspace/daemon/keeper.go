@@ -37,6 +37,8 @@ type keeper struct {
 	moduleGone func(error)
 	// settled is called when all that the VM needs is in memory.
 	settled func()
+	// tidy is called when what was to be done is done, until the next event.
+	tidy func()
 
 	stop context.CancelFunc
 	done chan struct{} // closed when run has ended

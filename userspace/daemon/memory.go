@@ -22,8 +22,34 @@ type memoryLimit struct {
 // headroom is what garbage may take, in bytes.
 const headroom = 32 << 20
 
-// liveBytes is what the last collection found to be live.
-const liveBytes = "/gc/heap/live:bytes"
+const (
+	// liveBytes is what the last collection found to be live.
+	liveBytes = "/gc/heap/live:bytes"
+	// objectBytes is that and what was allocated since.
+	objectBytes = "/memory/classes/heap/objects:bytes"
+)
+
+// metric reads one of these, without stopping anything.
+func metric(name string) uint64 {
+	s := []metrics.Sample{{Name: name}}
+	metrics.Read(s)
+	return s[0].Value.Uint64()
+}
+
+// tidy collects garbage if there is half as much as there may be. It is called when
+// there is time: when what an event asks for is done, and the next tick is still to
+// come. A collection by the limit comes while there is something to do.
+func (m *memoryLimit) tidy() {
+	if !m.mu.TryLock() {
+		return
+	}
+	defer m.mu.Unlock()
+	if m.collections == 0 || metric(objectBytes) < m.live+(m.live/2+headroom)/2 {
+		return
+	}
+	runtime.GC()
+	m.live = metric(liveBytes)
+}
 
 // adjust sets the limit anew if much has changed. It collects garbage only if that
 // is not known otherwise: a collection takes milliseconds of all the CPUs that
@@ -38,9 +64,7 @@ func (m *memoryLimit) adjust() {
 		debug.SetGCPercent(-1)
 		m.collect(&stats)
 	case stats.NumGC != m.collections: // by the limit
-		live := []metrics.Sample{{Name: liveBytes}}
-		metrics.Read(live)
-		m.live = live[0].Value.Uint64()
+		m.live = metric(liveBytes)
 	case stats.HeapAlloc < m.live+m.live/2+headroom/2:
 		return
 	default:

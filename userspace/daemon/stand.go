@@ -91,6 +91,7 @@ func (k *keeper) standUntil(ctx context.Context) outcome {
 		if result := k.lookAtCode(ctx); result != outcomeNone {
 			return result
 		}
+		k.tidy()
 		next := verify
 		for _, at := range []time.Time{again, g.restlessUntil(time.Now()), k.code.next()} {
 			if !at.IsZero() && at.Before(next) {

@@ -349,7 +349,7 @@ func (w *watcher) add(ctx context.Context, src source, vm kvmaccess.VM, fail con
 	k := &keeper{
 		vm: vm, id: id, config: config,
 		src: src, host: w.host, lane: w.lane, journal: w.journal, symbols: &w.symbols, cache: &w.cache, verify: w.config.Verify, stateDir: w.config.StateDir, text: w.config.Text, problems: w.problems,
-		moduleGone: fail, settled: w.memory.adjust, state: StateWaiting, vcpus: vm.VCPUs, ram: vm.Memory,
+		moduleGone: fail, settled: w.memory.adjust, tidy: w.memory.tidy, state: StateWaiting, vcpus: vm.VCPUs, ram: vm.Memory,
 		done: make(chan struct{}), replan: make(chan struct{}, 1), budget: w.budget,
 	}
 	k.log = w.log.With("vm", k.name(), "pid", vm.PID)
